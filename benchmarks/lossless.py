@@ -44,7 +44,7 @@ def decoded(lm: Any, explorers: int, new_tokens: int, prompts: list[dict]) -> di
 
 
 def holds(run: dict[str, Any]) -> bool:
-    """What must be true of a batch."""
+    """Return whether a batch's tokens are transformers' and its ticks the forced ones, or no fewer if it may prune."""
     ticks, forced = np.array(run["ticks"]), np.array(run["forced_ticks"])
     never_prunes = run["rows"] >= full_rows(run["explorers"])
     return all(run["identical"]) and bool((ticks == forced if never_prunes else ticks >= forced).all())

@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, prompts, measures in turns, quartiles, the machine, and figures that are kept."""
+"""The parts that the benchmarks share: flags, prompts, measures in turns, quartiles, the machine, and kept figures."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def quartiles(values: Iterable[float], digits: int = 2) -> str:
 
 
 def machine(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    """Where and with what figures are made: settings, cores, processor, versions, the language of few-row products."""
+    """Return what figures are made on and with: settings, cores, processor, versions, language of few-row products."""
     import jax
 
     from dex_jax.nn import few_rows

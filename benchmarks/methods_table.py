@@ -27,7 +27,7 @@ SHARES, LENGTHS, THRESHOLDS = (0.1, 0.2, 0.3), (1, 2, 4), (0.2, 0.4, 0.6)
 """LayerSkip's exits (of the layers, moved to where exits stand) and draft lengths, AdaDecode's thresholds."""
 
 TUNING = 5
-"""Of so many prompts one is for choosing settings."""
+"""The number of prompts of which one is for choosing settings."""
 
 Runs = Mapping[str, dict[str, Any]]
 """Prompt -> how many tokens, how many layers, and whether the tokens are AR's."""

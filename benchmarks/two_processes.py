@@ -35,7 +35,7 @@ AR, TREES, SILENT, DEX = "AR", "one explorer's trees", "explorers without drafts
 
 
 def work(task: dict[str, Any]) -> None:
-    """What each of the two does: measures every prompt; process 0 prints a line for each."""
+    """Measure every prompt in each of the two processes; process 0 prints a line for each."""
     import dex_jax
     from dex_jax.distributed import is_first, join
 

@@ -1,4 +1,4 @@
-"""How far weights kept in other ways are from dense ones: KL and best tokens along AR's answers, perplexity of a text.
+"""Measure how far weights kept in other ways are from dense ones: KL, best tokens along AR's answers, perplexity.
 
     python benchmarks/weights_distance.py --data HumanEval.jsonl.gz question_240.jsonl --text input.txt \\
         --output results/weights_distance
@@ -29,7 +29,7 @@ SHORTEST = 256
 
 
 def log_probabilities(lm: Any, ids: Sequence[int], start: int) -> np.ndarray:
-    """Of the tokens at `start` and after, given what stands before each: ids [N] -> [N - start, V] float64."""
+    """Return log probabilities from `start` on, each given what stands before: ids [N] -> [N - start, V] float64."""
     padded = np.zeros((1, max(SHORTEST, 1 << (len(ids) - 2).bit_length())), np.int32)  # zeros reach nothing before them
     padded[0, : len(ids) - 1] = ids[:-1]
     rows = np.asarray(lm.logits(padded))[0, start - 1 : len(ids) - 1].astype(np.float64)

@@ -11,7 +11,7 @@ from msgspec import Meta
 from dex_jax.errors import DexError
 
 Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-"""Of an axis, or how many there are of something."""
+"""The size of an axis, or the number of things of one kind."""
 
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Positive = Annotated[float, Meta(gt=0, le=1e30)]
@@ -20,7 +20,7 @@ Positive = Annotated[float, Meta(gt=0, le=1e30)]
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for longer contexts.
+    """The stretch of rotary frequencies for longer contexts.
 
     Attributes:
       kind: "linear" (every frequency divided by `factor`), "llama3" (only the low ones, with a smooth ramp between
@@ -60,7 +60,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What differs from layer to layer of one model.
+    """The properties that differ from layer to layer of one model.
 
     Attributes:
       window: how many positions a row sees, its own included; None for all.
@@ -171,7 +171,7 @@ class ModelConfig:
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
-        """What differs from layer to layer, L of them."""
+        """The kind of each layer, L of them."""
         return self.layer_kinds or (LayerKind(),) * self.num_layers
 
     def at_length(self, length: int) -> ModelConfig:
@@ -244,12 +244,12 @@ class ExitsConfig:
 
     @property
     def needs_previous(self) -> bool:
-        """Whether the features of the position before are an input."""
+        """Return whether the features of the position before are an input."""
         return self.fused or self.kind == "attn"
 
     @property
     def is_drafter(self) -> bool:
-        """Whether exit 0 can draft with it: one fused exit at depth 0, without attention.
+        """Return whether exit 0 can draft with it: one fused exit at depth 0, without attention.
 
         Attention brings a drafter nothing that could be told from noise.
         """

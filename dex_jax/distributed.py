@@ -81,17 +81,17 @@ def lost_processes() -> list[str]:
 
 
 def is_first() -> bool:
-    """Whether this is process 0, which reads prompts and writes what comes of them; True where there is only one."""
+    """Return whether this is process 0, which reads prompts and writes the results; True where there is only one."""
     return jax.process_index() == 0
 
 
 def name() -> str:
-    """Of this process, for messages."""
+    """Return the name of this process, for messages."""
     return f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What `make` gives on process 0 (as JSON can hold it), in all processes; a DexError there is raised in all."""
+    """Return `make()` of process 0 (as JSON can hold it) in all processes; a DexError there is raised in all."""
     if jax.process_count() == 1:
         return make()
     message: dict[str, Any] = {}

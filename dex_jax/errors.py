@@ -28,5 +28,5 @@ def whole_number(**fields: Any) -> None:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it is a whole number of at least 1, of Python or NumPy."""
+    """Return whether it is a whole number of at least 1, of Python or NumPy."""
     return not isinstance(value, bool) and isinstance(value, numbers.Integral) and int(value) >= 1

@@ -1,4 +1,4 @@
-"""What others wrote, files and metadata, is read through types with bounds; what goes wrong becomes one sentence."""
+"""Read what others wrote, files and metadata, through types with bounds; what goes wrong becomes one sentence."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def reading(source: object, advice: str = "get it again") -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What an error of another library says, on one line and not at any length."""
+    """Return what an error of another library says, on one line of at most 300 characters."""
     said = " ".join(str(error).split())
     named = type(error).__name__ if not said or isinstance(error, KeyError) else ""
     return f"{named} {said}".strip()[:300]

@@ -1,4 +1,4 @@
-"""What is known of machines: figures of public data sheets, in whose place a caller may put others.
+"""The figures of machines from public data sheets, in whose place a caller may put others.
 
 Bandwidths, arithmetic, memory and links are peaks as published; latencies are round assumptions, from one program to
 the next.
@@ -89,7 +89,7 @@ DEVICES = {device.name: device for device in _DEVICES}
 
 
 def platform_of(name: str) -> str:
-    """What JAX calls the platform of a key of DEVICES: "cpu", "gpu" or "tpu"."""
+    """Return JAX's name for the platform of a key of DEVICES: "cpu", "gpu" or "tpu"."""
     return "tpu" if name in ("v5e", "v5p", "v6e") else "cpu" if name == "cpu" else "gpu"
 
 

@@ -45,13 +45,13 @@ LARGE_TENSOR = 2**22
 """Bytes of a tensor after whose reading freed memory is worth giving back."""
 
 WEIGHTS = ("stored", "int8", "dense")
-"""What weights may be kept as."""
+"""The forms that weights may be kept in."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 class Described:
-    """What prompts and reports need of a model, before its weights are there too."""
+    """The properties of a model that prompts and reports need, before its weights are there too."""
 
     config: ModelConfig
     tokenizer: Tokenizer | None
@@ -61,7 +61,7 @@ class Described:
 
     @property
     def weights_kind(self) -> str:
-        """What weights are kept as: "float32", "Q4_1 and Q8_0", "int8"."""
+        """The formats that weights are kept in: "float32", "Q4_1 and Q8_0", "int8"."""
         names = {format for _, runs in self.packing for format, _ in runs}
         kinds = " and ".join(sorted(name.removesuffix(PLANES) for name in names))
         return kinds + PLANES * any(name.endswith(PLANES) for name in names) if names else str(self.dtype)

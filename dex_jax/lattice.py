@@ -64,7 +64,7 @@ class Lattice(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """What the exits 1..K-1 propose in one tick, one candidate child for each node of each cohort."""
+    """The proposals of the exits 1..K-1 in one tick, one candidate child for each node of each cohort."""
 
     token: jax.Array  # [K - 1, W] int32
     log_probability: jax.Array  # [K - 1, W] float32, natural logarithm
@@ -92,7 +92,7 @@ class Candidates(NamedTuple):
 
 
 class Path(NamedTuple):
-    """What the final layer says after the root, and after those of its cohort's nodes that it confirms."""
+    """The final layer's tokens after the root, and after those of its cohort's nodes that it confirms."""
 
     slot: jax.Array  # [P] int32, the root first; from `length` on anything
     token: jax.Array  # [P] int32, the final layer's token after each
@@ -150,7 +150,7 @@ def ring_row(tick: jax.Array, stages: int) -> jax.Array:
 
 
 def root_finished(lattice: Lattice, tick: jax.Array) -> jax.Array:
-    """Whether the root has run its last stage in `tick`: bool."""
+    """Return whether the root has run its last stage in `tick`: bool."""
     stages, rows = lattice.token.shape
     return (lattice.root != NO_NODE) & (lattice.root // rows == ring_row(tick, stages))
 

@@ -54,11 +54,11 @@ KERNELS_A_LAYER, KERNELS_A_HEAD, KERNELS_OF_EXITS, KERNELS_OF_A_TICK = 10, 4, 12
 """Assumption: kernels of a compiled program. A tick's keep the lattice's books, and look up and grow cohorts."""
 
 DRAFT_VOCABULARY, EXIT, DRAFTER, DRAFTED_ROWS = 16_384, 3, 16, 8
-"""Of the exits and the drafter that ship for SmolLM2-135M: columns, and their own weights in squares of the width."""
+"""The sizes of the exits and the drafter shipped for SmolLM2-135M: columns, and own weights in squares of the width."""
 
 
 class Ticks(NamedTuple):
-    """What K explorers bring; K = 1 is a tree through all layers."""
+    """The rows, levels and speedup of K explorers; K = 1 is a tree through all layers."""
 
     explorers: int  # K
     rows: int  # a stage's, or the tree's
@@ -102,7 +102,7 @@ class Prediction:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of each sequence."""
+        """The tokens a second of each sequence."""
         return self.tokens / self.seconds
 
     @property

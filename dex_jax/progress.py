@@ -1,4 +1,4 @@
-"""What a program is doing, told by the code that does it to whoever shows it.
+"""Tell what a program is doing, from the code that does it to whoever shows it.
 
 `notify("measuring step costs")` says what goes on from now on. Only who is `listening` hears it: a program with its
 Display, or a caller of the library with a function of its own.
@@ -54,7 +54,7 @@ def listening(tell: Notify) -> Iterator[None]:
 
 
 class Standing(NamedTuple):
-    """How far something has come."""
+    """The progress of something that goes on."""
 
     what: str  # that goes on
     share: float  # 0 to 1

@@ -1,4 +1,4 @@
-"""What is public, by plain imports; the package itself gives these names."""
+"""The public names, by plain imports; the package itself gives these names."""
 
 from dex_jax import plot
 from dex_jax.config import ExitsConfig, LayerKind, ModelConfig, RopeScaling

@@ -23,7 +23,7 @@ BLOCKS = (512, 256, 128)
 
 
 class Sampling(NamedTuple):
-    """How to sample; None in its place everywhere means greedy.
+    """The settings of sampling; None in its place everywhere means greedy.
 
     Attributes:
       keys: [B] PRNG keys, one a sequence.
@@ -79,7 +79,7 @@ def best_column(x: jax.Array) -> jax.Array:
 
 
 def scores(logits: jax.Array, sampling: Sampling | None, noise: jax.Array | None) -> jax.Array:
-    """What `choose` takes the argmax of: [N, V] float32."""
+    """Return the values that `choose` takes the argmax of: [N, V] float32."""
     if sampling is None:
         return logits
     assert noise is not None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dex_jax.language_model import LanguageModel
 
 PROMPT, IDS = "Why do cats purr?", [7, 14, 21, 28]
-"""What is continued, as token ids where a model has no tokenizer."""
+"""The prompt that is continued, and the token ids instead where a model has no tokenizer."""
 
 NEW_TOKENS = 32
 CANARY_ROWS = 32_769
@@ -72,7 +72,7 @@ def selfcheck(lm: LanguageModel) -> tuple[dict[str, str], list[Finding]]:
 
 
 def canaries() -> Finding:
-    """Whether this device computes what some version of JAX has compiled to wrong results, without a word."""
+    """Check that this device computes rightly what some version of JAX has silently compiled to wrong results."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -94,7 +94,7 @@ def canaries() -> Finding:
 
 
 def same_tokens(lm: LanguageModel, what: str, out: Output, plain: Output, temperature: float) -> Finding:
-    """Whether an output has AR's tokens, up to a parting that is rounding."""
+    """Check that an output has AR's tokens, up to a parting that is rounding."""
     from dex_jax.decoding.check import compare
 
     (check,) = compare(lm, out, plain, temperature)
@@ -106,7 +106,7 @@ def same_tokens(lm: LanguageModel, what: str, out: Output, plain: Output, temper
 
 
 def counted_ticks(what: str, out: Output) -> Finding:
-    """Whether ticks are those that exits tell."""
+    """Check that ticks are those that exits tell."""
     from dex_jax.decoding.record import ticks_of
 
     ticks, told = _ticks(out), ticks_of(out.stats.exits[0], int(out.lengths[0]), out.stats.plan.stages)

@@ -1,4 +1,4 @@
-"""What the site makes of links into the repository, which it does not hold: the path, to be found in a clone."""
+"""Replace links into the repository, which the site does not hold, by the path, to be found in a clone."""
 
 import re
 

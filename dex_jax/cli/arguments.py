@@ -45,7 +45,7 @@ KINDS: dict[str, Any] = {
     "seed": whole(0, MOST_SEEDS - 1),
     "num_samples": whole(1, MOST_ROWS),
 }
-"""What the values of flags are; all others are texts."""
+"""The functions that read the values of flags; all others are texts."""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""What the command-line programs share: kinds of arguments, what programs are called, where compilations are kept."""
+"""The parts that the command-line programs share: kinds of arguments, program names, where compilations are kept."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""As language_model.DTYPES, which would import JAX."""
+"""The choices of --dtype: those of language_model.DTYPES, which would import JAX."""
 
 WEIGHTS = ("stored", "int8", "dense")
-"""As language_model.WEIGHTS."""
+"""The choices of --weights: those of language_model.WEIGHTS."""
 
 WEIGHTS_HELP = """stored: blocks of a .gguf file stay packed, the same numbers as dense ones; int8: 8 bits each, another
 model than the checkpoint; dense: in --dtype (stored on CPUs where a C++ compiler is, else dense)"""
@@ -27,7 +27,7 @@ Add = Callable[..., Any]
 
 
 def program(script: str) -> str:
-    """What to call a program: the script's name, or that of its installed command where an installed one is running."""
+    """Return the name of a program: the script's, or its installed command's where an installed one is running."""
     return INSTALLED[script] if Path(sys.argv[0]).stem in INSTALLED.values() else script
 
 

@@ -164,7 +164,7 @@ def _finish(output: Output, prompts: list[Prompt], checks: list[Check] | None, a
 
 
 def _speaks(args: argparse.Namespace) -> bool:
-    """Whether this process writes what comes of the prompts: the first of several does."""
+    """Return whether this process writes what comes of the prompts: the first of several does."""
     if not args.distributed:
         return True
     from dex_jax.distributed import is_first

@@ -157,7 +157,7 @@ def free_memory() -> int | None:
 
 
 def _text(path: str) -> str:
-    """What a file says, "" where there is none."""
+    """Return what a file says, "" where there is none."""
     try:
         return Path(path).read_text(encoding="ascii")
     except OSError:

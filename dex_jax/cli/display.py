@@ -1,4 +1,4 @@
-"""What a person sees: streamed text, coloured by depth if asked, and the summary."""
+"""Show a person the streamed text, coloured by depth if asked, and the summary."""
 
 from __future__ import annotations
 

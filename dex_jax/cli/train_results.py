@@ -1,4 +1,4 @@
-"""What train_exits.py does with exits that are trained: `export` and `evaluate`."""
+"""The commands of train_exits.py for exits that are trained: `export` and `evaluate`."""
 
 from __future__ import annotations
 

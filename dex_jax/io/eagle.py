@@ -24,7 +24,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_attention_heads": 32}
     | {"num_key_value_heads": 32, "head_dim": 128},
 }
-"""What transformers means by keys that speculators leaves out of its config.json."""
+"""The values that transformers assumes for keys that speculators leaves out of its config.json."""
 
 _NAMES = {f"layer.{name}": huggingface for name, (huggingface, _) in LAYER_NAMES.items()} | {
     "layer.token_norm": ("input_layernorm.weight",),
@@ -42,7 +42,7 @@ class _Aux(Struct):
 
 
 class _Head(_Aux):
-    """What is read of config.json beside the layer."""
+    """The keys that are read from config.json beside the layer's own."""
 
     architectures: list[str] | None = None
     speculators_model_type: str | None = None

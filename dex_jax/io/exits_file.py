@@ -25,7 +25,7 @@ DEFAULTS = Path(__file__).resolve().parents[1] / "default_exits"
 
 FORMAT = "dex_jax exits 1"
 FILE_NAME = "exits.safetensors"
-"""What `--exits FOLDER` looks for."""
+"""The name of the file that `--exits FOLDER` looks for."""
 
 _VOCABULARY = "draft_vocabulary"
 _STEPS = ".steps"

@@ -15,7 +15,7 @@ Names = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
 
 
 class Settings(Struct, kw_only=True):
-    """What is read of config.json. Of keys that are left out each `Family.defaults` knows more."""
+    """The keys that are read from config.json; each `Family.defaults` has more values for keys that are left out."""
 
     vocab_size: Size
     num_layers: Size = field(name="num_hidden_layers")
@@ -94,7 +94,7 @@ Rule = Callable[[Settings, int], bool]
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What sets a family apart."""
+    """The properties that set a family apart."""
 
     class_name: str  # the model's class in transformers
     defaults: dict[str, Any]  # what keys of config.json mean that are left out, as in transformers
@@ -117,7 +117,7 @@ class Family:
         return self.defaults | {key: known[key] for key in known if self.knows(key)}
 
     def knows(self, key: str) -> bool:
-        """Whether it reads a key of config.json that other families do not."""
+        """Return whether it reads a key of config.json; keys of `_OWN` only where `defaults` has them."""
         return key not in _OWN or key in self.defaults
 
 

@@ -54,7 +54,7 @@ class _About(Struct):
 
 
 class _Model(Struct):
-    """What is read of the keys that begin with the architecture beside `_KEYS`."""
+    """The keys, beside `_KEYS`, that are read of those that begin with the architecture."""
 
     value_width: int | None = field(name="attention.value_length", default=None)
     rotated: int | None = field(name="rope.dimension_count", default=None)

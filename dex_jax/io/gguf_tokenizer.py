@@ -26,7 +26,7 @@ _KNOWN = ("smollm", *_PATTERNS)
 
 
 class _Vocabulary(Struct):
-    """What is read of the keys that begin with "tokenizer.ggml."."""
+    """The keys that are read of those that begin with "tokenizer.ggml."."""
 
     tokens: list[str] = []
     merges: list[str] = []

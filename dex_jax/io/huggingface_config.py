@@ -174,7 +174,7 @@ def _rope(config: Settings, family: Family, head_dim: int, source: str, file: st
 
 
 def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
-    """What sines and cosines grow by where frequencies are stretched by `factor` (arXiv 2309.00071, section 3.4)."""
+    """Return the growth of sines and cosines where `factor` stretches frequencies (arXiv 2309.00071, section 3.4)."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 

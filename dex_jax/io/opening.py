@@ -76,12 +76,12 @@ def _packaged(name: str) -> Path:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form owner/name."""
+    """Return whether a name has the form owner/name."""
     return _HUB_ID.fullmatch(name) is not None
 
 
 def from_hub(repo: str, check: Callable[[Path], object], read: Callable[[Path], T]) -> T:
-    """What `read` makes of the folder of a model on the hub; a copy in the hub's cache is read without a request.
+    """Return what `read` makes of a hub model's folder; a copy in the hub's cache is read without a request.
 
     `check` is called with the folder before its weights come, and raises a DexError for what could not be used. A
     DexError too where the hub does not give the model.

@@ -94,7 +94,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def _layer_types(config: ModelConfig) -> dict[str, Any]:
-    """What config.json says of windows and of layers that do not rotate."""
+    """Return the entries of config.json on windows and on layers that do not rotate."""
     windows = {kind.window for kind in config.kinds if kind.window is not None}
     content: dict[str, Any] = {
         "layer_types": ["full_attention" if kind.window is None else "sliding_attention" for kind in config.kinds],

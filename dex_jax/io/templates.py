@@ -16,7 +16,7 @@ _deadline: ContextVar[float] = ContextVar("_deadline")
 
 
 def rendered(template: str, names: dict[str, Any]) -> str:
-    """What a template writes, given some names; a jinja2.TemplateSyntaxError where it does not compile.
+    """Return what a template writes, given some names; raise jinja2.TemplateSyntaxError where it does not compile.
 
     Otherwise whatever a program can raise; TimeoutError and OverflowError where it leaves its bounds.
     """

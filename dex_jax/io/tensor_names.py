@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
 
 def layer_prefix(layer: int, *, gguf: bool) -> str:
-    """What the names of layer `layer`'s tensors begin with in a file."""
+    """Return the prefix of the names of layer `layer`'s tensors in a file."""
     return f"blk.{layer}." if gguf else f"model.layers.{layer}."
 
 

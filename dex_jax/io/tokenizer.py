@@ -58,7 +58,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `chat` works."""
+        """Return whether `chat` works."""
         return self._template is not None
 
     @cached_property
@@ -163,7 +163,7 @@ class TextStream:
         return known and token_id not in self._tokenizer.special_ids
 
     def _open_bytes(self) -> int:
-        """How many tokens at the end are single bytes of a SentencePiece vocabulary.
+        """Return the number of tokens at the end that are single bytes of a SentencePiece vocabulary.
 
         A run of those reads as characters only if all of it is UTF-8, so nothing of it is settled before it ends.
         """

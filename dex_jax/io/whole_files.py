@@ -56,7 +56,7 @@ def plain(value: Any) -> Any:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept between runs: a folder among the user's caches that only the user may write.
+    """Return the folder that keeps between runs what can be made again: a user's cache that only the user may write.
 
     Without a home directory, or where others may write, a folder that goes with this process, and one line on stderr.
     """
@@ -74,7 +74,7 @@ def cache_folder() -> Path:
 
 
 def only_the_user_wrote(file: Path) -> bool:
-    """Whether a file is there, is the user's own, and nobody else may write to it: what is loaded runs as the user."""
+    """Return whether a file is there, the user's own, and no one else's to write: what is loaded runs as the user."""
     try:
         about = file.lstat()
     except FileNotFoundError:

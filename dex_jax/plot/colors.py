@@ -16,7 +16,7 @@ DRAFT_CODE = 45
 """The same (cyan) of what was drafted before any layer."""
 
 FINAL_HEX = "#8a93a3"
-"""What the final layer or the prefill gave itself; terminals leave it plain."""
+"""The colour of tokens that the final layer or the prefill gave itself; terminals leave it plain."""
 
 PAGE = (0.47, 0.62)
 """Lightness and saturation on a page: terminals' colours are made for black and too loud on white."""

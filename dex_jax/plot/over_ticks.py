@@ -11,7 +11,7 @@ from dex_jax.lattice import DRAFTED
 from dex_jax.plot.colors import FINAL_HEX, darker, depth_hex
 
 TICKS = 26
-"""How many ticks are drawn unless the caller says: as many as fit a page."""
+"""The number of ticks that are drawn unless the caller says: as many as fit a page."""
 
 INK, FAINT = "#22262e", "#c9ced6"
 _DEAD, _CROSS = "#e4e7ec", "#a9b0bb"

@@ -14,7 +14,7 @@ from dex_jax.decoding.plan import Plan
 from dex_jax.plot.colors import depth_hex, depth_style
 
 COLUMNS = 100
-"""Of the terminal in an SVG."""
+"""The number of columns of the terminal in an SVG."""
 
 _BOX = "font-family:ui-sans-serif,system-ui,sans-serif;line-height:1.75;max-width:56em;margin:.4em 0"
 _CHIP = "border-radius:.2em;padding:.1em .08em"

@@ -65,7 +65,7 @@ class Checkpoints:
             self._manager.save(record["step"], args=ocp.args.Composite(**dict(items)), force=True)
 
     def record(self) -> Record | None:
-        """Of the newest checkpoint, None without any."""
+        """Return the record of the newest checkpoint, None without any."""
         return None if self.newest is None else _read(self._manager, self.newest, "record", ocp.args.JsonRestore())
 
     def restore(self, **trees: Any) -> list[Any]:

@@ -24,7 +24,7 @@ BelowOne = Annotated[float, Meta(ge=0, lt=1)]
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long, how fast and how carefully to train. A step is one batch: forwards, backwards, an update.
+    """The length, speed and care of training. A step is one batch: forwards, backwards, an update.
 
     Attributes:
       steps: training ends after so many steps.
@@ -67,7 +67,7 @@ class TrainConfig:
         check_fields(self)
 
     def conflicts(self, earlier: Mapping[str, Any]) -> list[str]:
-        """What may not change and has, against the fields that a folder was trained with: "name was X, is Y" of each.
+        """Return the fields that may not change and differ from those of an earlier training, as "name was X, is Y".
 
         A field that they lack counts as its default.
         """

@@ -31,7 +31,7 @@ from dex_jax.training.sources import digest_of
 
 @dataclasses.dataclass(frozen=True)
 class DistillationOptions:
-    """How exits learn.
+    """The options of the distillation that trains exits.
 
     Attributes:
       own_outputs: share of the steps in which exits that read the position before see an estimate by a deeper exit, as

@@ -44,7 +44,7 @@ HELD_OUT, VOCABULARY, TOKENS = "held_out.json", "draft_vocabulary.json", "tokens
 
 @dataclasses.dataclass(frozen=True)
 class ExitTraining:
-    """What `train_exits.py` reads from a configuration file, as its `config`.
+    """The settings that `train_exits.py` reads from a configuration file, as its `config`.
 
     Attributes:
       model: as `dex_jax.load` takes it.
@@ -233,7 +233,7 @@ def _start(initial: TrainedExits | None, exits: ExitsConfig, lm: LanguageModel, 
 
 
 def _differences(there: ExitsConfig, here: ExitsConfig) -> list[str]:
-    """What keeps heads of one configuration from going on as those of another."""
+    """Return the differences that keep heads of one configuration from going on as those of another."""
     before, now = dataclasses.asdict(there), dataclasses.asdict(here)
     if None not in (there.draft_size, here.draft_size):
         # No parameter's shape depends on how many tokens the vocabulary holds.

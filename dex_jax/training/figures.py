@@ -1,4 +1,4 @@
-"""How good trained exits are on a model's answers: agreement, divergence, and the ticks that they predict.
+"""Measure how good trained exits are on a model's answers: agreement, divergence, and the ticks that they predict.
 
 Letters: N answer positions of all texts, X trained depths, K stages of a grid, L layers.
 """
@@ -30,7 +30,7 @@ EXPLORERS = (2, 3, 5, 6, 10)
 
 @dataclasses.dataclass(frozen=True)
 class GridFigures:
-    """What the exits of one even grid come to, with DECS and rows that never prune."""
+    """The figures of the exits of one even grid, with DECS and rows that never prune."""
 
     explorers: int  # K
     coverage: tuple[float, ...]  # share of tokens that one of the first m exits of a fresh root gives, m = 1..K-1

@@ -28,7 +28,7 @@ SHORTEST_ANSWER = 16
 """A prompt that leaves no room for this many tokens of answer is skipped."""
 
 PROMPT_TEMPERATURE, PROMPT_TOP_P = 1.0, 0.95
-"""Of prompts that the model writes itself, and of a base model's texts."""
+"""The temperature and top-p of prompts that the model writes itself, and of a base model's texts."""
 
 HELD_OUT_SHARE = 0.02
 
@@ -40,7 +40,7 @@ BLOCK = 256
 
 @dataclasses.dataclass(frozen=True)
 class SourceOptions:
-    """How items are made.
+    """The options for making items.
 
     Attributes:
       length: S; longer prompts are skipped, answers end there.
@@ -102,12 +102,12 @@ class SelfSource:
 
     @property
     def held_out(self) -> list[Item]:
-        """As many as for other sources at least."""
+        """The held-out items, as many as for other sources at least."""
         return [self.item(number) for number in range(self._options.held_out_least)]
 
     @property
     def digest(self) -> str:
-        """Of the scripts."""
+        """The digest of the scripts."""
         return digest_of(repr(self._scripts))
 
 
@@ -321,7 +321,7 @@ def digest_of(text: str) -> str:
 
 
 def _shares(weights: Sequence[float]) -> list[int]:
-    """How many of BLOCK items each source gives, at least one: the largest remainders are rounded up."""
+    """Return how many of BLOCK items each source gives, at least one: the largest remainders are rounded up."""
     spare = BLOCK - len(weights)
     exact = [spare * weight / sum(weights) for weight in weights]
     counts = [1 + math.floor(share) for share in exact]

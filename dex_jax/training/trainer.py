@@ -39,7 +39,7 @@ FIRST_WORD = 20
 
 
 class TrainState(NamedTuple):
-    """What an update changes."""
+    """The state that an update changes."""
 
     params: Params  # of the task, float32
     opt_state: Any  # of the optimizer
@@ -48,7 +48,7 @@ class TrainState(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What training gives."""
+    """The results of training."""
 
     params: Params  # the last ones
     step: int  # steps done
@@ -133,7 +133,7 @@ class _Run:
 
     @property
     def done(self) -> bool:
-        """Whether the training is at its end."""
+        """Return whether the training is at its end."""
         return self.share >= 1
 
     def _spent(self) -> float:
