@@ -40,7 +40,7 @@ class Check:
     top2_margin: float | None
 
     def is_tie(self, dtype: str) -> bool:
-        """Whether the outputs are equal, or part only where a model of this dtype cannot tell two tokens apart."""
+        """Return whether the outputs are equal, or part only where a model of this dtype cannot tell tokens apart."""
         return self.identical or (self.top2_margin is not None and self.top2_margin < CLOSE[dtype])
 
 

@@ -121,7 +121,7 @@ def costs_file() -> Path:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """What a file keeps, nothing where it is damaged."""
+    """Return the costs that a file keeps, none where it is missing or damaged."""
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -49,7 +49,7 @@ LENGTH_STEP = 64
 
 
 class Said(NamedTuple):
-    """What exits say at N positions."""
+    """The best tokens of exits at N positions, and their divergence there."""
 
     best: Any  # [N, P, C] int32, full ids of the best tokens, best first
     divergence: Any  # [N, P] float32, KL from the final distribution over draft vocabulary and rest, in nats
@@ -57,7 +57,7 @@ class Said(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Forced:
-    """What exits said at every answer position of some texts, one text after the other, N positions in all."""
+    """The outputs of exits at every answer position of some texts, one text after the other, N positions in all."""
 
     layers: int  # L
     exits: ExitsConfig  # of which kind they are, at X depths
@@ -273,7 +273,7 @@ def _check_exits(model: ModelConfig, found: TrainedExits) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Statics:
-    """What the compiled programs depend on beside shapes."""
+    """The static values that the compiled programs depend on beside shapes."""
 
     config: ModelConfig
     exits: ExitsConfig
@@ -287,7 +287,7 @@ class Statics:
 
 
 class Rows(NamedTuple):
-    """What exits read at the answer positions of a batch."""
+    """The arrays that exits read at the answer positions of a batch."""
 
     states: jax.Array  # [X, B A, D], hidden states at the trained depths
     final: jax.Array  # [B A, D], features after the final norm at depth L

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 TICKS_PER_CALL = 16
 
 MOST_SEQUENCES = 4096
-"""What a batch may hold: far more than any device decodes at once."""
+"""Number of sequences that a batch may hold at most: far more than any device decodes at once."""
 
 
 @explained
@@ -68,7 +68,7 @@ def generate(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: A
 
 @explained
 def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any) -> Iterator[Output]:
-    """As `generate`, yielding the Output so far after every few ticks; the last one is complete.
+    """Generate as `generate` does, yielding the Output so far after every few ticks; the last one is complete.
 
     Args:
       lm: from `dex_jax.load`.

@@ -32,7 +32,7 @@ def row_counts(counts: Sequence[int], rows: int, empty: bool = True) -> tuple[in
 
 
 def last_row(live: jax.Array) -> jax.Array:
-    """How many of the rows on the last axis of a bool array are needed to have all that live: int32.
+    """Return the number of first rows on the last axis of a bool array that hold all live ones: int32.
 
     Survivors of a collapse stand anywhere in a cohort.
     """

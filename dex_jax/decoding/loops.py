@@ -34,7 +34,7 @@ Tick = Callable[[Any], Any]
 
 
 class Prefilled(NamedTuple):
-    """What a loop begins with."""
+    """The inputs that a loop begins with."""
 
     memory: Any  # the prompts' keys and values, without a lattice
     token: jax.Array  # [B] int32, token 0
@@ -57,14 +57,14 @@ class Loop(abc.ABC):
 
     @abc.abstractmethod
     def tick(self, model: Transformer, heads: Heads, plan: Plan, limits: Limits, sampling: Sampling | None) -> Tick:
-        """What a tick does; `record.until_done` repeats it."""
+        """Return the function that runs a tick; `record.until_done` repeats it."""
 
     def on_mesh(self, plan: Plan) -> MeshLoop:
         """The same loop for a mesh; a DexError where there is none for this plan."""
         raise DexError(f"method {plan.method} is for one device: leave the mesh out, or use Dex or AR")
 
     def ticks(self, exits: np.ndarray, length: int, stages: int) -> int:
-        """What `record.ticks` of a sequence is that ends after `length` of its tokens; exits [T] int32."""
+        """Return `record.ticks` of a sequence that ends after `length` of its tokens; exits [T] int32."""
         return ticks_of(exits, length, stages)
 
     def counts(self, plan: Plan, record: Any) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class MeshLoop(Loop):
 
     @abc.abstractmethod
     def state_specs(self, plan: Plan, memory: Any) -> Any:
-        """Where the state lies on a mesh: PartitionSpecs, a prefix of it, given those of `memory`."""
+        """Return the PartitionSpecs of the state on a mesh, a prefix of it, given those of `memory`."""
 
 
 class ARLoop(MeshLoop):
@@ -177,7 +177,7 @@ LOOPS: dict[str, Loop] = {"ar": ARLoop(), "dex": DexLoop()}
 
 
 def loop_of(plan: Plan) -> Loop:
-    """What runs a plan: one of LOOPS, or a loop of a user's own."""
+    """Return the loop that runs a plan: one of LOOPS, or a user's own."""
     return LOOPS[plan.loop] if isinstance(plan.loop, str) else plan.loop
 
 

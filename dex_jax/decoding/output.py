@@ -1,4 +1,4 @@
-"""What generate() returns."""
+"""The Output that generate() returns."""
 
 from __future__ import annotations
 

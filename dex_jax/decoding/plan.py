@@ -1,4 +1,4 @@
-"""What runs: a request on a model becomes a Plan, on which compiled programs depend, and the heads that it uses."""
+"""A request on a model becomes a Plan of what runs, on which compiled programs depend, and the heads that it uses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SAID: set[tuple[str, str]] = set()
 """Models, by their fingerprint, and remarks."""
 
 GivenExits = str | os.PathLike | GivenDrafter
-"""What users give as `exits`."""
+"""The types that users give as `exits`."""
 
 
 class GivenHeads(NamedTuple):
@@ -79,17 +79,17 @@ class Plan:
 
     @property
     def has_lattice(self) -> bool:
-        """Whether it is DEX, or a form of it."""
+        """Return whether it is DEX, or a form of it."""
         return self.loop == "dex"
 
     @property
     def ahead(self) -> int:
-        """How many positions past the last token the committed cache has."""
+        """The number of positions past the last token that the committed KV cache has."""
         return max(SPARE, 0 if self.drafts is None else self.drafts.levels)
 
     @property
     def remembers(self) -> ExitZero | None:
-        """Whose memory of the committed prefix is kept: the exits' if they have one, of which a drafter's is a part."""
+        """Heads whose memory of the committed prefix is kept: exits if they have one, of which a drafter's is part."""
         return TrainedHeads(self.exits) if self.exits is not None and self.exits.needs_previous else self.drafter
 
     @property
@@ -123,7 +123,7 @@ Method = AR | Dex | OwnMethod
 
 
 class Found(NamedTuple):
-    """What a user's `exits` names for a model."""
+    """The heads that a user's `exits` names for a model."""
 
     fingerprint: str  # of the model
     source: str  # of heads at depths above 0: "shared", "default" or a path
@@ -306,7 +306,7 @@ def _with_drafter(plan: Plan, method: Any, found: Found, config: ModelConfig) ->
 
 
 def find_exits(exits: GivenExits, fingerprint: str) -> Found:
-    """What `exits` means for a model: "shared", "default", a path, a hub id, or what was loaded from one.
+    """Find what `exits` means for a model: "shared", "default", a path, a hub id, or what was loaded from one.
 
     A drafter alone leaves the exits to what ships for the model, and exits the drafter. A DexError for a file that
     cannot be read.

@@ -38,7 +38,7 @@ def compile_seconds() -> float:
 
 
 def forgotten() -> int:
-    """How many programs this process has forgotten: what counts on one looks whether they are more than they were."""
+    """Return the number of programs this process has forgotten: whoever relies on one checks whether it has grown."""
     return _forgotten
 
 
@@ -51,7 +51,7 @@ def forget(characters: int = 0, fewest: int = 0) -> None:
 
 
 def compiler_options(level: int | None = 1) -> dict[str, str | bool] | None:
-    """What XLA is told of programs that do most of their work in C++ (nn/few_rows.py), where that is.
+    """Return XLA's options for programs that do most of their work in C++ (nn/few_rows.py), where that is ready.
 
     At level 1 LLVM unrolls nothing, which takes a third less to compile and runs as fast; at level 0 it optimises
     nothing, which takes another third less and is for what runs once.
@@ -95,7 +95,7 @@ class Program:
 
     @property
     def held(self) -> int:
-        """How many compiled programs of it are remembered."""
+        """The number of compiled programs of it that are remembered."""
         return sum(key[0] is self for key in _REMEMBERED)
 
     def compile(self, *args: Any, **static: Any) -> Any:
@@ -105,7 +105,7 @@ class Program:
         return found.made.result()
 
     def begin(self, *args: Any, **static: Any) -> Begun:
-        """As `compile`, without waiting for the compiler."""
+        """Begin what `compile` does, without waiting for the compiler."""
         leaves, tree = jax.tree.flatten(args)
         shapes = tuple((leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)) for leaf in leaves)
         key = (self, tree, shapes, tuple(sorted(static.items())))

@@ -1,4 +1,4 @@
-"""What a method has emitted so far, in fixed shapes, the rule that ends a sequence, and the ticks that it took."""
+"""The tokens that a method has emitted, in fixed shapes, the rule that ends a sequence, and the ticks that it took."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ class Session:
         _READY.add((forgotten(), kind))
 
     def compile_by(self, by: Callable[..., Any]) -> None:
-        """As `compile`, by what takes a program and its arguments and gives the shapes of what START gives."""
+        """Do as `compile` through `by`, which takes a program and its arguments and gives START's result shapes."""
         weights = _shapes(self.lm.weights)
         heads = self._put_heads(jax.eval_shape(self._heads, weights))
         weights = self._put(weights, lambda: weight_specs(weights, self.plan.mesh))
@@ -254,7 +254,7 @@ class Session:
         return memory._replace(exits=exits), last, self._put(jax.device_put(self.lengths), BY_SEQUENCE)
 
     def _blank_shapes(self) -> tuple[cache.Memory, jax.Array, jax.Array]:
-        """As `_blank`, as jax.ShapeDtypeStruct, without what exits remember; the cache has no lattice yet."""
+        """Return `_blank` as jax.ShapeDtypeStruct, without what exits remember; the KV cache has no lattice yet."""
         batch, config, dtype = len(self.lengths), self.lm.config, self.lm.dtype
         array: Any = jax.ShapeDtypeStruct
         memory = cache.shapes(config, batch, self.cache_length, 0, dtype, rings=True, layout=self.lm.layout)
@@ -264,7 +264,7 @@ class Session:
         return self._put(shapes, (on_mesh.MEMORY, BY_SEQUENCE, BY_SEQUENCE))
 
     def _empty_exits(self) -> Any:
-        """What exits remember before the prompts, () for nothing."""
+        """Return what exits remember before the prompts, () for nothing."""
         remembers = self.plan.remembers
         return () if remembers is None else remembers.empty(len(self.lengths), self.cache_length, self.lm.dtype)
 
@@ -322,7 +322,7 @@ class Session:
         return ran, None if seconds is None or self.ran[0] < SEEN else float(seconds[0])
 
     def record(self) -> Record:
-        """What has been emitted so far, as NumPy arrays."""
+        """Return what has been emitted so far, as NumPy arrays."""
         return jax.tree.map(lambda field: field[: self.sequences], to_host(self.state.record))
 
 
@@ -338,7 +338,7 @@ def _zeros(shapes: Any) -> Any:
 
 
 def sampling_of(request: Request, seeds: list[int], batch: int, vocab_size: int) -> Sampling:
-    """What the loops sample with: keys for B = `batch` sequences, the last seed's for those that have none."""
+    """Return what the loops sample with: keys for B = `batch` sequences, the last seed's for those that have none."""
     top_k = vocab_size if request.top_k is None else min(request.top_k, vocab_size)
     return Sampling(
         keys=sampling_keys([*seeds, *seeds[-1:] * (batch - len(seeds))]),

@@ -1,4 +1,4 @@
-"""What the lattice of one sequence did, tick by tick: recorded on the host, for pictures and for teaching.
+"""The history of one sequence's lattice, tick by tick: recorded on the host, for pictures and for teaching.
 
 The jitted loop knows nothing of this. A trace steps it one tick at a time and copies the lattice in between, so it is
 recorded only when asked for, and takes longer than decoding does.

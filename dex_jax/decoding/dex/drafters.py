@@ -1,4 +1,4 @@
-"""What a user may put at depth 0: a trained drafter, an EAGLE-3 head, or a small model."""
+"""The drafters that a user may put at depth 0: a trained drafter, an EAGLE-3 head, or a small model."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def draft_model(lm: LanguageModel | Outline, small: LanguageModel | Outline) -> 
 
 @functools.lru_cache(maxsize=4)
 def _same_tokens(one: Tokenizer | None, other: Tokenizer | None, size: int, other_size: int) -> bool:
-    """Whether numbers below both sizes name the same tokens; what pads a vocabulary beyond that names none."""
+    """Return whether numbers below both sizes name the same tokens; what pads a vocabulary beyond that names none."""
     if one is None or other is None:
         return size == other_size
     known, others = (
@@ -91,7 +91,7 @@ def known_trees(drafter: GivenDrafter | None) -> tuple[TreeShape, ...]:
 
 
 def exit_zero(given: GivenDrafter, length: int) -> ExitZero:
-    """What compiled programs for sequences of at most `length` tokens depend on.
+    """Return the ExitZero on which compiled programs for sequences of at most `length` tokens depend.
 
     Raises:
       DexError: a small model whose context is shorter.
@@ -109,7 +109,7 @@ def exit_zero(given: GivenDrafter, length: int) -> ExitZero:
 
 
 def drafter_arrays(given: GivenDrafter, model: Transformer) -> Any:
-    """What the compiled programs take of a drafter beside the model."""
+    """Return the arrays of a drafter that the compiled programs take beside the model."""
     if isinstance(given, TrainedExits):
         return exit_arrays(model, given.config, _kept(given), given.vocabulary)
     if isinstance(given, EagleHead):

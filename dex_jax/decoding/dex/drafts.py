@@ -57,14 +57,14 @@ def with_drafts(
 
 
 class _Said(NamedTuple):
-    """How the text may go on below each of the first heads of a cohort."""
+    """The continuation that the text may have below each of the first heads of a cohort."""
 
     token: jax.Array  # [B, H, M] int32
     trust: jax.Array  # [B, H, M] float32, log-probability that a token is right if those before it are; -inf for none
 
 
 def _said_below(state: DexState, heads: Cohort, under: int, shape: TreeShape) -> _Said:
-    """What followed the same suffix before, below each of the first `under` heads."""
+    """Return the tokens that followed the same suffix before, below each of the first `under` heads."""
     assert state.text is not None
     text = jax.vmap(_texts, (0, 0, 0, 0, None))(state.text, state.lattice, heads, state.prefix, under)
     axes = (0, 0, None, None)
@@ -121,7 +121,7 @@ def _add_levels(
         return number + 1, cohort, known, at, drafting
 
     def more_to_come(carry: tuple[Any, ...]) -> jax.Array:
-        """Whether the last level has a row; below an empty one there is nothing, and most ticks draft few levels."""
+        """Return whether the last level has a row; nothing is below an empty one, and most ticks draft few levels."""
         number, cohort, *_ = carry
         above = jax.tree.map(lambda part: part[jnp.minimum(number, down - 1)], (levels.above, levels.of_above))
         row = jnp.arange(cohort.token.shape[1])

@@ -1,4 +1,4 @@
-"""What the decode loop asks of a network, a handful of callables over arrays, as in mctx, and what it carries.
+"""The callables over arrays that the decode loop asks of a network, a handful as in mctx, and the state it carries.
 
 The loop never sees a model. Whoever has one (this package's transformer, or any other) hands over these functions,
 usually closures over weights that are arguments of the caller's own jit.
@@ -128,13 +128,13 @@ class Drafter(NamedTuple):
 
 
 def before_rows(states: jax.Array, asked: DraftRows) -> jax.Array:
-    """What is known of the position before each row, [B, n, E], where a state [B, N, E] is what is known of its own."""
+    """Return what is known of the position before each row, [B, n, E], where states [B, N, E] hold that of its own."""
     of_parent = jnp.take_along_axis(states, jnp.maximum(asked.parent, 0)[:, :, None], axis=1)
     return jnp.where((asked.parent == NO_NODE)[..., None], asked.before.astype(states.dtype), of_parent)
 
 
 def before_nodes(reached: jax.Array, committed: jax.Array, parent: jax.Array, ring: jax.Array) -> jax.Array:
-    """What is known of the position before nodes of X stages, whose parents are [X, B, n] slots: [X, B, n, E].
+    """Return what is known of the position before nodes of X stages, whose parents are [X, B, n] slots: [X, B, n, E].
 
     That is what is known of their parents, as deep as they have got: `reached` [K, B, W, E] of the nodes of every
     stage, and `committed` [B, E], of the last committed position, for a root; ring [K] int32 as in StageView.
@@ -155,7 +155,7 @@ class Chunk(NamedTuple):
 
 
 class ExitZero(Protocol):
-    """What drafts for a transformer, as compiled programs depend on it; they take its arrays beside it."""
+    """A drafter for a transformer, as compiled programs depend on it; they take its arrays beside it."""
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -163,13 +163,13 @@ class ExitZero(Protocol):
 
     @property
     def alone(self) -> bool:
-        """Whether it reads nothing of the model's states, so that every device of a mesh can do all of it."""
+        """Return whether it reads nothing of the model's states, so that every device of a mesh can do all of it."""
 
     def empty(self, batch: int, length: int, dtype: jnp.dtype) -> Any:
-        """What it remembers (Memory.exits) before any position is committed, of at most `length`."""
+        """Return what it remembers (Memory.exits) before any position is committed, of at most `length`."""
 
     def read(self, model: Any, arrays: Any, memory: Any, chunk: Chunk) -> Any:
-        """What it remembers after a chunk, given what it remembers of the positions before."""
+        """Return what it remembers after a chunk, given what it remembers of the positions before."""
 
     def drafter(self, model: Any, arrays: Any) -> Drafter:
         """The loop's callables, but for what nodes have `reached`."""

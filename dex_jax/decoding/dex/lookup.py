@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from dex_jax.lattice import NO_TOKEN
 
 COMPARED = 16
-"""Of several occurrences those are the longest that agree on so many tokens: then the latest is more often right."""
+"""Number of tokens compared: occurrences that agree on all are equally long, and the latest is more often right."""
 
 LONGEST = 64
 """Lengths of matches are told apart up to this."""
 
 
 def said_next(text: jax.Array, length: jax.Array, trust: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """How a text [S] of some `length` may go on, M = `count` tokens: as it did before.
+    """Return the M = `count` tokens with which a text [S] of some `length` may go on: as it did before.
 
     `trust` [LONGEST + 1] float32 as TreeShape.trust. With every token that is right a match is longer.
 

@@ -225,7 +225,7 @@ def final_tokens(
 def commit(
     network: Network, state: DexState, view: StageView, final: jax.Array, limits: Limits, drafts: TreeShape | None
 ) -> tuple[DexState, Path]:
-    """What the `final` layer's tokens [B, W] say after finished roots, and so on down their cohorts, is emitted."""
+    """Emit the `final` layer's tokens [B, W] after finished roots, and so on down their cohorts; commit the path."""
     levels = levels_of(drafts)
     path = jax.vmap(lat.follow, (0, 0, None, None))(state.lattice, final, state.tick, levels)
     record, place = emit_path(state.record, path.token, path.born_at, path.length, limits)
@@ -262,7 +262,7 @@ def collapse(state: DexState, path: Path) -> DexState:
 def propose(
     network: Network, state: DexState, view: StageView, sampling: Sampling | None, *, decs: bool
 ) -> Proposals | None:
-    """What the exits 1..K-1 propose below the nodes that have just reached them: fields [K - 1, B, W]."""
+    """Return what the exits 1..K-1 propose below the nodes that have just reached them: fields [K - 1, B, W]."""
     if network.exits is None or state.stages == 1:
         return None
     features = network.exits.features(state.memory, state.hidden, view)

@@ -120,7 +120,7 @@ class ModelDrafter:
 
 
 class OwnArrays(NamedTuple):
-    """What the compiled programs take of such a drafter beside the model."""
+    """The arrays of such a drafter that the compiled programs take beside the model."""
 
     parameters: Any
     vocabulary: jax.Array | None = None  # [V'] int32, as in Drafter

@@ -15,8 +15,8 @@ from dex_jax.lattice import NO_NODE, NO_TOKEN, Lattice, Proposals
 from dex_jax.sampling import DROPPED, Sampling, choose, log_total
 
 BLOCKS = (1, 8, 16)
-"""How many nodes the heads are asked at a time: the largest, or the least that holds those that are left. On a CPU what
-lies between costs as much as the next one."""
+"""Numbers of nodes that the heads are asked at a time: the largest, or the least that holds those that are left. On a
+CPU what lies between costs as much as the next one."""
 
 
 def ask_exits(
@@ -31,7 +31,7 @@ def ask_exits(
     *,
     decs: bool,
 ) -> Proposals:
-    """What the exits propose below nodes of X stages: fields [X, B, W].
+    """Return what the exits propose below nodes of X stages: fields [X, B, W].
 
     The cohorts of these stages stand in `ring` rows [X]; nodes have features [X, B, W, D'], and position and live
     [X, B, W]. Those that are not live propose nothing and cost nothing. With `decs` the tokens of a node's children are

@@ -31,7 +31,7 @@ EMPTY_ENTRY = -1
 
 
 class ExitArrays(NamedTuple):
-    """What the compiled programs take of trained exits beside the model."""
+    """The arrays of trained exits that the compiled programs take beside the model."""
 
     # of ExitHeads at depths x_1 .. x_{K-1} in the model's dtype; a drafter's in what `few_rows.kept_dtype` gives for
     # it, or packed
@@ -106,7 +106,7 @@ class TrainedHeads:
         return read_features(model, self.config, arrays, memory, chunk._replace(hidden=model.normed(chunk.hidden)))
 
     def drafter(self, model: Transformer, arrays: ExitArrays) -> Drafter:
-        """Of a position before it reads what the final norm gives there, an exit's estimate of that, or its own."""
+        """Return a drafter that reads the position before by the final norm, an exit's estimate of that, or its own."""
         logits, rest = shared_columns(model, arrays)
         width = self.config.width
 
@@ -187,7 +187,7 @@ def trained_exits(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -
 def shared_columns(
     model: Transformer, arrays: ExitArrays
 ) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array] | None]:
-    """What all exits share: features [N, D + 1] -> logits [N, V'], and -> the logit of all other tokens [N] or None."""
+    """Return what exits share: features [N, D + 1] -> logits [N, V'], and -> logit of all other tokens [N] or None."""
 
     def logits(features: jax.Array) -> jax.Array:
         own = features[:, :-1]
@@ -201,7 +201,7 @@ def shared_columns(
 def reached_features(
     model: Transformer, config: ExitsConfig | None, arrays: ExitArrays | None, hidden: jax.Array
 ) -> jax.Array:
-    """What the final norm gives for the nodes of the last stage, and what exits estimate of it for all others.
+    """Return what the final norm gives for the nodes of the last stage, and the exits' estimates of it for all others.
 
     Of hidden states [K, B, W, D], as many; config and arrays are of the exits 1..K-1, None for the model's own.
     """
@@ -226,7 +226,7 @@ def row_features(
     base: jax.Array | None = None,
     context: ContextMemory | None = None,
 ) -> jax.Array:
-    """What X exits give for the nodes, states [X, B, W, D], that have just reached them: [X, B, W, D + 1].
+    """Compute what X exits give for the nodes, states [X, B, W, D], that have just reached them: [X, B, W, D + 1].
 
     `previous` [X, B, W, D] comes from `before_nodes`, None without `needs_previous`; `base` [X, B, W, D] from
     `base_features`, where it is known; `context` is None unless the kind is "attn".

@@ -20,7 +20,7 @@ TRUSTED = 8
 
 @dataclasses.dataclass(frozen=True)
 class TreeShape:
-    """How much exit 0 drafts below the heads of a cohort.
+    """The shape of the tree that exit 0 drafts below the heads of a cohort.
 
     Attributes:
       widths: rows of the levels below the heads.
@@ -89,9 +89,9 @@ class TreeShape:
 
 
 LOOKUP_TRUST = (0.25, 0.6, 0.65, 0.73, 0.79, 0.79, 0.82, 0.9)
-"""How often what followed a suffix before follows it again, by the length of the match; 8 means 8 or more: counts on
-SmolLM2-135M's greedy answers to held-out prompts (benchmarks/lookup.py of commit dd0098e), smoothed to never
-fall."""
+"""The share of cases where what followed a suffix before follows it again, by the length of the match; 8 means 8 or
+more: counts on SmolLM2-135M's greedy answers to held-out prompts (benchmarks/lookup.py of commit dd0098e), smoothed to
+never fall."""
 
 
 def _chain(length: int) -> TreeShape:

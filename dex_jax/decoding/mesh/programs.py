@@ -119,17 +119,17 @@ def mesh_logits(config: ModelConfig, layout: Staged, mesh: Mesh, weights: Any, t
 
 
 def state_specs(plan: Plan) -> Any:
-    """Where what the method's loop carries lies: PartitionSpecs, a prefix of it."""
+    """Return the PartitionSpecs of the state that the method's loop carries, a prefix of it."""
     return mesh_loop(plan).state_specs(plan, MEMORY)
 
 
 def sampling_specs(sampling: Sampling | None) -> Any:
-    """Where a Sampling lies: PartitionSpecs, a prefix of it."""
+    """Return the PartitionSpecs of a Sampling, a prefix of it."""
     return EVERYWHERE if sampling is None else Sampling(BY_SEQUENCE, EVERYWHERE, EVERYWHERE, EVERYWHERE)
 
 
 def head_specs(heads: Heads) -> Heads:
-    """Where trained heads lie: each stage's exit on its stage, a drafter and what all share everywhere."""
+    """Return PartitionSpecs of trained heads: a stage's exit on its stage, a drafter and what all share everywhere."""
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         return EVERYWHERE if "context" in names_in(path) else spec_of("stage")

@@ -1,4 +1,4 @@
-"""What one device of a mesh does, under shard_map: its own stage of the network, and what it tells the others.
+"""The work of one device of a mesh, under shard_map: its own stage of the network, and what it tells the others.
 
 Every device keeps the whole lattice, drafts for itself and moves all in the same way, so all that passes between
 devices in a tick is: hidden states of one cohort to the next stage, one permute; what each exit proposes and the final
@@ -191,7 +191,7 @@ def ask_own_exit(
     sampling: Sampling | None,
     decs: bool,
 ) -> Proposals:
-    """What this stage's exit proposes below its nodes, fields [B, W]: nothing on the last stage, which has none."""
+    """Return what this stage's exit proposes below its nodes, fields [B, W]: nothing on the last stage, without one."""
     stage = jax.lax.axis_index(STAGE)
     own = one_stage(view, stage)
     asking = own.live & (stage < device.stages - 1)
@@ -208,7 +208,7 @@ def ask_own_exit(
 
 
 def exchange(own: Proposals, token: jax.Array, stages: int) -> tuple[Proposals, jax.Array]:
-    """What every stage proposes and what the last one has chosen, on all devices: one gather of [B, W, 2] int32.
+    """Share what every stage proposes and the last one has chosen with all devices: one gather of [B, W, 2] int32.
 
     Of this stage's `own` proposals, fields [B, W] and none of them valid on the last stage, and the final layer's
     `token` [B, W] int32, which counts there alone: gives (fields [K - 1, B, W], token [B, W]).
@@ -327,7 +327,7 @@ def one_stage(view: StageView, stage: jax.Array) -> StageView:
 
 
 def from_last_stage(tree: Any, stages: int) -> Any:
-    """What the last stage's devices have, on all of them."""
+    """Broadcast what the last stage's devices have to all stages."""
     if stages == 1:
         return tree
     last = jax.lax.axis_index(STAGE) == stages - 1
