@@ -1,4 +1,4 @@
-"""What a user may ask of a generation: every option once, with its default, its bounds and its sentence.
+"""Define every option of a generation once, with its default, its bounds and its sentence.
 
 The signature and the help of `generate`, the flags of decode.py and the table in docs/options.md are made from the
 fields below. Nothing here imports JAX, so that `decode.py --help` answers at once.

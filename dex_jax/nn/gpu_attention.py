@@ -24,7 +24,7 @@ BLOCK, HALF_BLOCK = 64, 32
 """Keys that a program scores at once: fewer of heads wider than 128, for GPUs with 100 KB of shared memory a core."""
 
 MOST_NUMBERS, MANY_NUMBERS = 16_384, 4_096
-"""The most numbers of the queries that a program holds, and the number above which it takes eight warps."""
+"""The most numbers of queries that a program holds at once, and the count above which it runs on eight warps."""
 
 SMALLEST = 16
 """Rows, and keys, of the smallest product that a matrix unit takes."""
