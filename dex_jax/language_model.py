@@ -272,7 +272,7 @@ def layout_on_mesh(checkpoint: Checkpoint, layout: Staged | None, mesh: Mesh) ->
             depths = (*nearest_depths(depths[:-1], trained.config.depths, trained.source), config.num_layers)
         return Staged(check_depths(depths, config.num_layers))
     check_stages(mesh, len(layout.depths))
-    return Staged(check_depths(layout.depths, config.num_layers))
+    return Staged(check_depths(layout.depths, config.num_layers), len(layout.depths) // mesh.shape[STAGE])
 
 
 def load(
@@ -292,7 +292,7 @@ def load(
       on_tensor: called with (bytes so far, bytes in all) after each tensor, for a progress bar.
       mesh: devices to spread the model over: "stage=5", "stage=2,tensor=3", "data=2,stage=2", the same as a dict, or a
         jax Mesh with axes of these names. Each tensor goes to the devices that own it and passes through no other.
-        `generate` then runs there: explorer k on the devices of stage k, and AR and the prompt from stage to stage.
+        `generate` then runs there: explorers on the devices of their stages, and AR and the prompt from stage to stage.
       weights: what kernels are kept as. "stored" leaves the blocks of 4 to 8 bits of a .gguf file packed: they stand
         for exactly the numbers that "dense" makes of them, and on CPUs are multiplied with rows of 16 bits. "int8" is
         8 bits a weight and a scale for each output, another model than the checkpoint. None is "stored"

@@ -36,7 +36,7 @@ from dex_jax.io.exits_file import TrainedExits
 from dex_jax.language_model import LanguageModel
 from dex_jax.nn.placing import build_on_mesh
 from dex_jax.nn.sharding import STAGE, make_mesh, parse_mesh
-from dex_jax.nn.transformer import Transformer, stage_ranges
+from dex_jax.nn.transformer import Transformer
 
 TOKENS = 10
 TREE = TreeShape((2, 1), 2, (0.3, *[0.7] * 7))
@@ -87,8 +87,10 @@ class Case:
     @property
     def layout(self) -> Staged:
         """Return the layout of the mesh."""
-        alone = self.explorers == 1
-        return Staged(even_depths(parse_mesh(self.mesh)["stage"], self.layers) if alone else self.plan.depths)
+        devices, depths = parse_mesh(self.mesh)["stage"], self.plan.depths
+        return (
+            Staged(even_depths(devices, self.layers)) if self.explorers == 1 else Staged(depths, len(depths) // devices)
+        )
 
     @property
     def tokens(self) -> int:
@@ -120,6 +122,16 @@ CASES = named(
     Case("ar", "stage=3", 4, method="ar", batch=4),
     Case("all axes", AXES, 3, batch=4, sampled=True, filters=True),
     Case("drafts, exits mlp", "stage=3", 3, batch=4, drafts="drafter", chosen=True, exits=("mlp", True, 30)),
+    Case(
+        "drafts, six explorers on two devices",
+        "stage=2",
+        7,
+        batch=2,
+        drafts="drafter",
+        exits=("attn", False, 30),
+        explorers=6,
+    ),
+    Case("four explorers on one device", "stage=1", 5, batch=2, sampled=True, exits=("linear", True, 30), explorers=4),
     # Of one explorer nothing is offered: an array without elements.
     Case("drafts of the text, one explorer", "data=2,stage=1", 1, batch=4, drafts="text"),
     Case("a pipeline of trees", "stage=2", 3, batch=2, drafts="drafter", chosen=True, explorers=1),
@@ -250,9 +262,8 @@ def decode(lm: LanguageModel, case: Case, folder: Path | None) -> list[dict[str,
 def spoil_padding(model: Transformer) -> None:
     """Makes NaNs of the layers that pad shorter stages: they are skipped, and never read."""
     assert isinstance(model.layout, Staged)
-    lengths = [len(stage) for stage in stage_ranges(model.layout.depths)]
-    for number in range(min(lengths), max(lengths)):
-        spoilt = np.array([number >= length for length in lengths])
+    for number, place in enumerate(model.layout.places):
+        spoilt = np.array([layer is None for layer in place])
 
         def spoil(leaf: jax.Array, spoilt: np.ndarray = spoilt) -> jax.Array:
             return jax.device_put(
@@ -264,13 +275,13 @@ def spoil_padding(model: Transformer) -> None:
 
 
 def assert_own_stage(staged: Any, mesh: Mesh) -> None:
-    """Every device holds of each array the part of its stage, and of no other."""
+    """Every device holds of each array the part of its stages, and of no other."""
     here = {device: at[1] for at, device in np.ndenumerate(mesh.devices)}
     for leaf in jax.tree.leaves(staged):
-        assert leaf.shape[0] == mesh.shape[STAGE]
         for shard in leaf.addressable_shards:
-            assert shard.data.shape[0] == 1
-            assert (shard.index[0].start or 0) == here[shard.device]
+            held = shard.data.shape[0]
+            assert held * mesh.shape[STAGE] == leaf.shape[0]
+            assert (shard.index[0].start or 0) == held * here[shard.device]
 
 
 if __name__ == "__main__":

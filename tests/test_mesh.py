@@ -252,7 +252,7 @@ def test_a_mesh_that_does_not_fit() -> None:
         check_model(mesh, dataclasses.replace(LLAMA, num_layers=2))
     with pytest.raises(DexError, match="norms all heads together"):
         check_model(mesh, dataclasses.replace(LLAMA, qk_norm=True, qk_norm_whole=True))
-    with pytest.raises(DexError, match="the mesh has stage=3 and the plan 5 explorers"):
+    with pytest.raises(DexError, match="the mesh has stage=3 and the plan 5 explorers: every device"):
         check_stages(mesh, 5)
     with pytest.raises(DexError, match="data=2 does not divide the 3 sequences"):
         check_batch(mesh, 3)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from dex_jax.config import LayerKind, ModelConfig
 from dex_jax.nn import few_rows, gpu_writes
 from dex_jax.nn.kinds import MOST_WRITTEN, KindTable, common_window, kind_table, ring_length, ring_of
-from dex_jax.nn.transformer import Staged, stage_ranges
+from dex_jax.nn.transformer import Staged
 
 UNROLLED_WRITES = 2
 """Larger batches write in a loop: unrolled, the writes of all layers would be most of the program to compile."""
@@ -61,7 +61,7 @@ def shapes(
     With `rings`, for those who write no more than MOST_WRITTEN positions at a time, layers with a window keep no more
     than that needs, where all that share an array have the same one.
     """
-    lead = () if layout is None else (len(layout.depths),)
+    lead = () if layout is None else (layout.devices,)
 
     def leaf(positions: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*lead, batch, config.num_kv_heads, positions, config.head_dim), dtype)
@@ -70,7 +70,7 @@ def shapes(
         window = common_window(kinds) if rings else None
         return leaf(length if window is None else min(length, ring_length(window)))
 
-    rows = kind_table(config, () if layout is None else stage_ranges(layout.depths)).rows
+    rows = kind_table(config, () if layout is None else layout.places).rows
     keys, lattice = tuple(map(committed, rows)), (leaf(slots),) * len(rows)
     return Memory(keys, keys, lattice, lattice)
 

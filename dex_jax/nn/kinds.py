@@ -49,9 +49,9 @@ def ring_of(kinds: Sequence[LayerKind], length: int) -> int:
 class KindTable:
     """The kinds of a model's layers, by place."""
 
-    # of each of l places in a stage the kinds that stand there, one a stage; of an unrolled model one for every layer
+    # of each of l places on a device the kinds that stand there, one a device; of an unrolled model one for every layer
     rows: tuple[tuple[LayerKind, ...], ...]
-    stage_axis: str | None = None  # under shard_map, the mesh axis whose devices are the stages
+    stage_axis: str | None = None  # under shard_map, the mesh axis whose devices have the stages
 
     @property
     def distinct(self) -> tuple[LayerKind, ...]:
@@ -69,16 +69,21 @@ class KindTable:
         return jnp.asarray(row)[jax.lax.axis_index(self.stage_axis)]
 
 
-def kind_table(config: ModelConfig, stages: Sequence[range] = (), stage_axis: str | None = None) -> KindTable:
-    """The table of a model whose layers are cut into `stages`, () for an unrolled one.
+def kind_table(
+    config: ModelConfig, places: Sequence[Sequence[int | None]] = (), stage_axis: str | None = None
+) -> KindTable:
+    """The table of a model whose layers lie at `places` (transformer.Staged), () for an unrolled one.
 
-    Where a shorter stage has no layer, any kind does.
+    Where a device has no layer, any kind does.
     """
-    if not stages:
+    if not places:
         return KindTable(tuple((kind,) for kind in config.kinds))
-    longest = max(len(stage) for stage in stages)
-    rows = [[config.kinds[stage[min(j, len(stage) - 1)]] for stage in stages] for j in range(longest)]
-    return KindTable(tuple(tuple(row) for row in rows), stage_axis)
+    known = [[config.kinds[layer] for layer in row if layer is not None] for row in places]
+    rows = [
+        [row[0] if layer is None else config.kinds[layer] for layer in place]
+        for row, place in zip(known, places, strict=True)
+    ]
+    return KindTable(tuple(map(tuple, rows)), stage_axis)
 
 
 class Sight(NamedTuple):

@@ -17,7 +17,7 @@ from dex_jax.nn.layers import names_in
 from dex_jax.nn.packed import Packed
 from dex_jax.nn.sharding import TENSOR, partition
 from dex_jax.nn.tiles import in_tiles
-from dex_jax.nn.transformer import PARAMETER_AXES, Staged, Transformer, stage_ranges
+from dex_jax.nn.transformer import PARAMETER_AXES, Staged, Transformer
 from dex_jax.nn.weights import Packing, blank_weight
 
 
@@ -34,7 +34,7 @@ def build_on_mesh(
     Only tensors that devices of this process need are read. Rows of fused projections are in another order than in
     the checkpoint where a tensor axis splits them: see `tensor_part`. It splits int8 too, but no blocks.
     """
-    stages = stage_ranges(layout.depths)
+    places = layout.places
 
     def host(name: str) -> list[np.ndarray]:
         found = read(name)
@@ -58,10 +58,10 @@ def build_on_mesh(
             return jax.tree.unflatten(tree, placed)
         number = int(name.split(".")[1].lstrip("*"))
 
-        @functools.lru_cache(maxsize=len(stages) if len(leaves) > 1 else 1)
-        def tensor(k: int) -> list[np.ndarray]:
-            layer = stages[k].start + number
-            if layer >= stages[k].stop:
+        @functools.lru_cache(maxsize=layout.devices if len(leaves) > 1 else 1)
+        def tensor(device: int) -> list[np.ndarray]:
+            layer = places[number][device]
+            if layer is None:
                 return [np.zeros(leaf.shape[1:], leaf.dtype) for leaf in leaves]
             return host(f"layers.{layer}.{field}")
 
@@ -124,12 +124,12 @@ def weight_specs(weights: Any, mesh: Mesh | None) -> Any:
 
 
 def device_config(config: ModelConfig, layout: Staged, mesh: Mesh) -> ModelConfig:
-    """The model as one device has it: the layers of one stage, and its share of heads and mlp."""
+    """The model as one device has it: the layers of its stages, and its share of heads and mlp."""
     pieces = mesh.shape[TENSOR]
     return dataclasses.replace(
         config,
-        num_layers=layout.stage_layers,
-        layer_kinds=(),  # which differ from stage to stage: `kind_table` has them
+        num_layers=len(layout.places),
+        layer_kinds=(),  # which differ from device to device: `kind_table` has them
         num_heads=config.num_heads // pieces,
         num_kv_heads=config.num_kv_heads // pieces,
         mlp_width=config.mlp_width // pieces,

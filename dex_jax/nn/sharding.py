@@ -1,8 +1,8 @@
 """Meshes that a user may ask for, and the one table from logical axes of arrays to axes of the mesh.
 
-A mesh has three axes. "stage": explorer k stands on device k, with the layers, caches and hidden states of stage k and
-of no other. "tensor": the heads, the mlp and the vocabulary of a stage are spread over the devices of its row. "data":
-sequences are spread over copies of all that.
+A mesh has three axes. "stage": D devices share the K explorers evenly, each with the layers, caches and hidden states
+of its own stages and of no other. "tensor": the heads, the mlp and the vocabulary of a stage are spread over the
+devices of its row. "data": sequences are spread over copies of all that.
 """
 
 from __future__ import annotations
@@ -144,11 +144,11 @@ def check_model(mesh: Mesh, config: ModelConfig) -> None:
 
 
 def check_stages(mesh: Mesh, stages: int) -> None:
-    """A DexError unless a plan's explorers are as many as the mesh's stages."""
-    if mesh.shape[STAGE] != stages:
+    """A DexError unless every device of the mesh's stages gets as many of a plan's explorers."""
+    if stages % mesh.shape[STAGE]:
         raise DexError(
-            f"the mesh has stage={mesh.shape[STAGE]} and the plan {stages} explorers: each runs on a stage of its "
-            "own, so make them equal"
+            f"the mesh has stage={mesh.shape[STAGE]} and the plan {stages} explorers: every device runs as many, so "
+            "make their number a multiple of it"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,18 +22,36 @@ from dex_jax.nn.packed import Packed, as_products_read, take_rows
 
 @dataclasses.dataclass(frozen=True)
 class Staged:
-    """On a mesh: l arrays [K, ...] of each kind, l the longest stage; the j-th holds layer j of every stage.
+    """On a mesh: l arrays [D, ...] of each kind; the j-th holds layer j of every one of D devices.
 
-    The first axis is split over the mesh's stages, so that a device sees l layers of its own, one array each, as if it
-    had a small model. Shorter stages are padded with zero layers, which are skipped.
+    Device d has S = K / D stages, those from d S on. The first axis is split over the mesh's stages, so that a device
+    sees l layers of its own, one array each, as if it had a small model. Where others have a longer stage, a device's
+    own is padded with zero layers, which are skipped.
     """
 
     depths: tuple[int, ...]  # exit depths x_1 < ... < x_K = L
+    held: int = 1  # S, stages that a device holds
 
     @property
-    def stage_layers(self) -> int:
-        """l, the number of layers in the longest stage."""
-        return max(len(stage) for stage in stage_ranges(self.depths))
+    def devices(self) -> int:
+        """D."""
+        return len(self.depths) // self.held
+
+    @property
+    def device_depths(self) -> tuple[int, ...]:
+        """The depths among a device's own l layers at which its S stages end."""
+        lengths = [len(stage) for stage in stage_ranges(self.depths)]
+        longest = [max(lengths[s :: self.held]) for s in range(self.held)]
+        return tuple(itertools.accumulate(longest))
+
+    @property
+    def places(self) -> list[list[int | None]]:
+        """By each of l places the layer that stands there, 0-based, of every device; None for padding."""
+        stages, found = stage_ranges(self.depths), []
+        for s, own in enumerate(stage_ranges(self.device_depths)):
+            for j in range(len(own)):
+                found.append([stage[j] if j < len(stage) else None for stage in stages[s :: self.held]])
+        return found
 
 
 PARAMETER_AXES: dict[str, tuple[str, ...]] = {
@@ -56,7 +75,7 @@ class Transformer(nnx.Module):
       config: shapes and constants.
       init: (name, shape, kind) -> array, or a Packed where kind is "kernel", with canonical names ("embed",
         "layers.3.qkv"; "layers.*3.qkv" for the fourth layer of every stage on a mesh).
-      layout: None for L layers, Staged(depths) for l with a leading axis [K].
+      layout: None for L layers, Staged(depths) for l with a leading axis [D].
       tensor_axis: as of DecoderLayer.
       vocabulary_axis: under shard_map, the mesh axis over which embedding and unembedding are split by tokens.
       kinds: of a device's layers on a mesh; None takes them from config.
@@ -78,10 +97,10 @@ class Transformer(nnx.Module):
         self.embed = nnx.Param(init("embed", (config.vocab_size, config.width), "kernel"))
         self.final_norm = nnx.Param(init("final_norm", (config.width,), "scale"))
         self.unembed = None if config.tied else nnx.Param(init("unembed", (config.vocab_size, config.width), "kernel"))
-        lead = () if layout is None else (len(layout.depths),)
+        lead = () if layout is None else (layout.devices,)
         names = [f"layers.{i}" for i in range(config.num_layers)]
         if layout is not None:
-            names = [f"layers.*{j}" for j in range(layout.stage_layers)]
+            names = [f"layers.*{j}" for j in range(len(layout.places))]
         self.layers = module_list(DecoderLayer(config, _named(init, name, lead), tensor_axis) for name in names)
 
     @property

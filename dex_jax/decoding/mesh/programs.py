@@ -33,7 +33,7 @@ from dex_jax.nn.kinds import kind_table
 from dex_jax.nn.layers import names_in
 from dex_jax.nn.placing import device_config, weight_specs
 from dex_jax.nn.sharding import BY_SEQUENCE, DATA, EVERYWHERE, STAGE, TENSOR, partition, spec_of
-from dex_jax.nn.transformer import Staged, stage_ranges
+from dex_jax.nn.transformer import Staged
 from dex_jax.nn.weights import merge_model, with_wide_scales
 from dex_jax.sampling import Sampling
 
@@ -43,7 +43,7 @@ MEMORY = cache.Memory(_CACHE, _CACHE, _CACHE, _CACHE, BY_SEQUENCE)
 
 
 def prefill_chunk(*arguments: Any, plan: Plan) -> tuple[Any, jax.Array]:
-    """`session.prefill_chunk` on a mesh: K - 1 permutes of [B, R, D], then the last states are shared."""
+    """`session.prefill_chunk` on a mesh: a permute of [B, R, D] between devices, then the last states are shared."""
 
     def run(weights: Any, heads: Any, memory: Any, last: Any, tokens: Any, start: Any, lengths: Any) -> Any:
         device, memory = _device(plan, weights, heads), _own(memory)
@@ -54,9 +54,9 @@ def prefill_chunk(*arguments: Any, plan: Plan) -> tuple[Any, jax.Array]:
         if remembers is not None and arrays is not None:
             exits = remembers.read(device.model, arrays, exits, Chunk(tokens, hidden, start, lengths))
         # Only now is what the last stage has seen known to all.
-        last = from_last_stage(last_states(hidden, last, start, lengths), device.stages)
+        last = from_last_stage(last_states(hidden, last, start, lengths), device.devices)
         if remembers is not None and not remembers.alone:
-            exits = from_last_stage(exits, device.stages)
+            exits = from_last_stage(exits, device.devices)
         return _stacked(memory._replace(exits=exits)), last
 
     weights, heads = weight_specs(arguments[0], plan.mesh), head_specs(arguments[1])
@@ -113,7 +113,7 @@ def mesh_logits(config: ModelConfig, layout: Staged, mesh: Mesh, weights: Any, t
         model = device.model
         memory = cache.allocate(model.config, batch, length, 0, model.dtype)
         hidden, _ = extend_stages(device, memory, tokens, jnp.zeros(batch, jnp.int32))
-        return model.logits(from_last_stage(hidden, device.stages))
+        return model.logits(from_last_stage(hidden, device.devices))
 
     return _mapped(run, plan, (weight_specs(weights, mesh), EVERYWHERE), EVERYWHERE)(weights, tokens)
 
@@ -158,7 +158,7 @@ def _device(plan: Plan, weights: Any, heads: Heads) -> StageNetwork:
         return leaf[0] if "layers" in names_in(path) else leaf
 
     config = device_config(plan.config, plan.layout, plan.mesh)
-    kinds = kind_table(plan.config, stage_ranges(plan.layout.depths), STAGE)
+    kinds = kind_table(plan.config, plan.layout.places, STAGE)
     whole = (plan.config.vocab_size, plan.config.width)
     tensor_axis = TENSOR if plan.mesh.shape[TENSOR] > 1 else None
     vocabulary_axis = partition(("vocabulary", "width"), whole, plan.mesh)[0]

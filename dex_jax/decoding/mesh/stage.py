@@ -1,13 +1,14 @@
-"""The work of one device of a mesh, under shard_map: its own stage of the network, and what it tells the others.
+"""The work of one device of a mesh, under shard_map: its own stages of the network, and what it tells the others.
 
 Every device keeps the whole lattice, drafts for itself and moves all in the same way, so all that passes between
-devices in a tick is: hidden states of one cohort to the next stage, one permute; what each exit proposes and the final
+devices in a tick is: hidden states of one cohort to the next device, one permute; what each exit proposes and the final
 layer's tokens, one gather of integers; and, only for exits or a drafter that read the position before, the features of
 each stage's cohort, one more gather.
 
 A device sees its layers as a small unrolled model, so that the functions of nn/forward.py run here unchanged.
 
-Letters: B sequences (of this device's share of the data axis), W rows a stage, K stages, D width.
+Letters: B sequences (of this device's share of the data axis), W rows a stage, K stages, S of them on each device, D
+width.
 """
 
 from __future__ import annotations
@@ -52,24 +53,25 @@ from dex_jax.nn.attention import causal_rows
 from dex_jax.nn.cache import NOWHERE, Memory, after, write_rows
 from dex_jax.nn.forward import InUse, run_rows
 from dex_jax.nn.sharding import STAGE
-from dex_jax.nn.transformer import Transformer, stage_ranges
+from dex_jax.nn.transformer import Staged, Transformer
 from dex_jax.sampling import Sampling
 
 
 class StageNetwork(NamedTuple):
     """The callables of one device."""
 
-    model: Transformer  # the layers of this device's stage, unrolled, and embedding, final norm and unembedding
-    stages: int  # K
-    in_use: InUse  # by layer of `model`, whether this stage has it: those that pad shorter stages are skipped
-    # `advance` runs this one stage, `commit` leaves what exits remember as it is; of its exits only what follows the
+    model: Transformer  # the layers of this device's stages, unrolled, and embedding, final norm and unembedding
+    devices: int  # that the stages are spread over
+    held: int  # S
+    in_use: InUse  # by layer of `model`, whether this device has it: those that pad shorter stages are skipped
+    # `advance` runs these stages, `commit` leaves what exits remember as it is; of its exits only what follows the
     # features is used.
     network: Network
-    # hidden [B, W, D] of this stage -> what all devices must know of it: the features of all stages' cohorts
+    # hidden [S, B, W, D] of these stages -> what all devices must know of it: the features of all stages' cohorts
     # [K, B, W, D], or () where nobody reads the position before.
     share: Callable[[jax.Array], Any]
     remember: Callable[[Any, Committed, Any], Any]  # (Memory.exits, Committed, shared) -> Memory.exits
-    # (Memory.exits, hidden [B, W, D], view, shared) -> [B, W, D'], of this stage's exit.
+    # (Memory.exits, hidden [S, B, W, D], view, shared) -> [S, B, W, D'], of the exits of these stages.
     features: Callable[[Any, jax.Array, StageView, Any], jax.Array]
 
 
@@ -77,13 +79,12 @@ def stage_network(model: Transformer, plan: Plan, heads: Heads) -> StageNetwork:
     """The callables of the device that this is traced for.
 
     The model has its layers, unrolled; the plan is of the whole generation, its layout gives the depths; heads have of
-    the exits this stage's alone (the last stage has none, and zeros in its place).
+    the exits those of its stages alone (the last stage has none, and zeros in its place).
     """
     assert plan.layout is not None
-    depths = plan.layout.depths
-    stages, in_use, own = len(depths), layers_in_use(depths), None
+    layout, in_use, own = plan.layout, layers_in_use(plan.layout), None
     remembers, remembering = plan.remembers, plan.remembering(heads)
-    exits = shared_exits(model) if stages > 1 else None
+    exits = shared_exits(model) if len(layout.depths) > 1 else None
     if plan.exits is not None and heads.exits is not None:
         exits, own = trained_exits(model, plan.exits, heads.exits), exit_heads(plan.exits, heads.exits)
     drafter = None
@@ -92,17 +93,16 @@ def stage_network(model: Transformer, plan: Plan, heads: Heads) -> StageNetwork:
         drafter = plan.drafter.drafter(model, heads.drafter)
     drafts = plan.drafts
     counts = None if drafts is None or not drafts.rungs else drafts.counts  # as ticks choose of them
-    whole = (model.config.num_layers,)
-    network = transformer_network(model, whole, exits, in_use=in_use, drafter=drafter, counts=counts)
+    network = transformer_network(model, layout.device_depths, exits, in_use=in_use, drafter=drafter, counts=counts)
 
     def share(hidden: jax.Array) -> Any:
         if remembers is None or remembers.alone:
             return ()
         features = model.normed(hidden)
         if own is not None:
-            last = jax.lax.axis_index(STAGE) == stages - 1
-            features = jnp.where(last, features, base_features(own, hidden[None])[0])
-        return jax.lax.all_gather(features, STAGE)
+            last = is_last(len(layout.depths), layout.held)[..., None]
+            features = jnp.where(last, features, base_features(own, hidden))
+        return jax.lax.all_gather(features, STAGE, tiled=True)
 
     def remember(memory: Any, done: Committed, shared: Any) -> Any:
         if remembers is None or remembering is None:
@@ -117,21 +117,36 @@ def stage_network(model: Transformer, plan: Plan, heads: Heads) -> StageNetwork:
     def features(memory: Any, hidden: jax.Array, view: StageView, shared: Any) -> jax.Array:
         if own is None or plan.exits is None:
             return model.normed(hidden)
-        stage = jax.lax.axis_index(STAGE)
-        token, position, parent = (field[stage][None] for field in (view.token, view.position, view.parent))
+        here = own_stages(view, layout.held)
         if not plan.exits.needs_previous:
-            return row_features(model, own, hidden[None], token, position)[0]
-        before = before_nodes(shared, memory.previous, parent, view.ring)
-        return row_features(model, own, hidden[None], token, position, before, shared[stage][None], memory.context)[0]
+            return row_features(model, own, hidden, here.token, here.position)
+        before = before_nodes(shared, memory.previous, here.parent, view.ring)
+        base = own_part(shared, layout.held)
+        return row_features(model, own, hidden, here.token, here.position, before, base, memory.context)
 
-    return StageNetwork(model, stages, in_use, network, share, remember, features)
+    return StageNetwork(model, layout.devices, layout.held, in_use, network, share, remember, features)
 
 
-def layers_in_use(depths: tuple[int, ...]) -> InUse:
-    """Which of its layers this device's stage has, by the longest stage's: None where every stage has one."""
-    lengths = [len(stage) for stage in stage_ranges(depths)]
-    own = jnp.asarray(lengths)[jax.lax.axis_index(STAGE)]
-    return [None if layer < min(lengths) else layer < own for layer in range(max(lengths))]
+def own_part(by_stage: jax.Array, held: int) -> jax.Array:
+    """The part [S, ...] of this device, which holds S stages, of an array [K, ...]."""
+    return jax.lax.dynamic_slice_in_dim(by_stage, jax.lax.axis_index(STAGE) * held, held)
+
+
+def own_stages(view: StageView, held: int) -> StageView:
+    """The view of a network that has this device's stages alone."""
+    by_stage = ("ring", "token", "position", "live", "ancestors", "parent")
+    return view._replace(**{name: own_part(getattr(view, name), held) for name in by_stage})
+
+
+def is_last(stages: int, held: int) -> jax.Array:
+    """Return which of this device's stages is the last of all: [S, 1, 1] bool."""
+    return own_part(jnp.arange(stages) == stages - 1, held)[:, None, None]
+
+
+def layers_in_use(layout: Staged) -> InUse:
+    """By place, whether this device has a layer there: None where every device has one."""
+    device = jax.lax.axis_index(STAGE)
+    return [None if None not in row else jnp.asarray([x is not None for x in row])[device] for row in layout.places]
 
 
 def step(
@@ -142,26 +157,26 @@ def step(
     decs: bool,
     drafts: TreeShape | None,
 ) -> DexState:
-    """One tick with an explorer on each of K > 1 stages, as `loop.step`.
+    """One tick with an explorer on each of K > 1 stages, as `loop.step`, which several devices share evenly.
 
     Exits are asked before the commit is known, all stages and the final layer at once, and what nodes propose that the
     collapse then buries is dropped: one exchange instead of two, and no head waits for another. Of a path that is
     committed in one tick, a context layer of the exits sees the root alone before the next one. The state's `hidden`,
-    [1, B, W, D], and caches are of this stage alone.
+    [S, B, W, D], and caches are of this device's stages alone.
     """
     network, before = device.network, state.memory.exits
     state, view = begin_tick(state, sampling)
     state = advance(device, state, view)
-    finished, last = roots_finished(state), jax.lax.axis_index(STAGE) == device.stages - 1
+    finished, last = roots_finished(state), jax.lax.axis_index(STAGE) == device.devices - 1
     final = final_tokens(network, state, view, finished & last, sampling, drafts)
-    shared = device.share(state.hidden[0])
+    shared = device.share(state.hidden)
 
     def remembering(memory: Memory, done: Committed) -> Memory:
         return network.commit(memory, done)._replace(exits=device.remember(before, done, shared))
 
     root = committed(state, view, jnp.maximum(state.lattice.root, 0)[:, None], finished.astype(jnp.int32))
     own = ask_own_exit(device, state, view, device.remember(before, root, shared), shared, sampling, decs)
-    proposals, final = exchange(own, final, device.stages)
+    proposals, final = exchange(own, final, device.devices * device.held, device.held)
     state, path = commit(network._replace(commit=remembering), state, view, final, limits, drafts)
     state = collapse(state, path)
     heads = heads_of(state, proposals._replace(valid=proposals.valid & proposers(state)))
@@ -173,12 +188,14 @@ def step(
 
 
 def advance(device: StageNetwork, state: DexState, view: StageView) -> DexState:
-    """This device's stage runs its cohort, which arrives from the stage before."""
-    network, stage = device.network, jax.lax.axis_index(STAGE)
+    """This device's stages run their cohorts, the first of which arrives from the device before."""
+    network = device.network
     entering = network.embed(view.token[0], view.position[0]).astype(state.hidden.dtype)[None]
-    arrived = jax.lax.ppermute(state.hidden, STAGE, [(k, k + 1) for k in range(device.stages - 1)])
-    hidden = jnp.where(stage == 0, entering, arrived)
-    hidden, memory = network.advance(state.memory, hidden, one_stage(view, stage))
+    if device.devices > 1:
+        arrived = jax.lax.ppermute(state.hidden[-1:], STAGE, [(d, d + 1) for d in range(device.devices - 1)])
+        entering = jnp.where(jax.lax.axis_index(STAGE) == 0, entering, arrived)
+    hidden = jnp.concatenate([entering, state.hidden[:-1]])
+    hidden, memory = network.advance(state.memory, hidden, own_stages(view, device.held))
     return state._replace(hidden=hidden, memory=memory)
 
 
@@ -191,32 +208,30 @@ def ask_own_exit(
     sampling: Sampling | None,
     decs: bool,
 ) -> Proposals:
-    """Return what this stage's exit proposes below its nodes, fields [B, W]: nothing on the last stage, without one."""
-    stage = jax.lax.axis_index(STAGE)
-    own = one_stage(view, stage)
-    asking = own.live & (stage < device.stages - 1)
+    """Return what these stages' exits propose below their nodes, fields [S, B, W]: nothing on the last stage."""
+    own = own_stages(view, device.held)
+    asking = own.live & ~is_last(device.devices * device.held, device.held)
 
     def features() -> jax.Array:
-        return device.features(remembered, state.hidden[0], view, shared)
+        return device.features(remembered, state.hidden, view, shared)
 
     wanted = jax.eval_shape(features)
     found = jax.lax.cond(jnp.any(asking), features, lambda: jnp.zeros(wanted.shape, wanted.dtype))
     assert device.network.exits is not None
-    nodes = (found[None], own.ring, own.position, asking)
-    proposals = ask_exits(device.network.exits, *nodes, state.lattice, sampling, state.noise, decs=decs)
-    return jax.tree.map(lambda field: field[0], proposals)
+    nodes = (found, own.ring, own.position, asking)
+    return ask_exits(device.network.exits, *nodes, state.lattice, sampling, state.noise, decs=decs)
 
 
-def exchange(own: Proposals, token: jax.Array, stages: int) -> tuple[Proposals, jax.Array]:
-    """Share what every stage proposes and the last one has chosen with all devices: one gather of [B, W, 2] int32.
+def exchange(own: Proposals, token: jax.Array, stages: int, held: int) -> tuple[Proposals, jax.Array]:
+    """Share what every stage proposes and the last one has chosen with all devices: one gather of [S, B, W, 2] int32.
 
-    Of this stage's `own` proposals, fields [B, W] and none of them valid on the last stage, and the final layer's
+    Of these stages' `own` proposals, fields [S, B, W] and none of them valid on the last stage, and the final layer's
     `token` [B, W] int32, which counts there alone: gives (fields [K - 1, B, W], token [B, W]).
     """
     word = jnp.where(own.valid, own.token, NO_TOKEN)
-    word = jnp.where(jax.lax.axis_index(STAGE) == stages - 1, token, word)
+    word = jnp.where(is_last(stages, held), token, word)
     bits = jax.lax.bitcast_convert_type(own.log_probability, jnp.int32)
-    words = jax.lax.all_gather(jnp.stack([word, bits], axis=-1), STAGE)
+    words = jax.lax.all_gather(jnp.stack([word, bits], axis=-1), STAGE, tiled=True)
     proposed = words[:-1, ..., 0]
     score = jax.lax.bitcast_convert_type(words[:-1, ..., 1], jnp.float32)
     return Proposals(proposed, score, proposed != NO_TOKEN), words[-1, ..., 0]
@@ -225,7 +240,7 @@ def exchange(own: Proposals, token: jax.Array, stages: int) -> tuple[Proposals, 
 def extend_stages(
     device: StageNetwork, memory: Memory, tokens: jax.Array, start: jax.Array, lengths: jax.Array | None = None
 ) -> tuple[jax.Array, Memory]:
-    """`forward.extend` over the stages, one after the other: K - 1 permutes; a device computes in its own turn only.
+    """`forward.extend` over the devices in turn, a permute between two; each computes in its own turn only.
 
     Of sequences that end, `lengths` says where, before `start` nothing is kept; None keeps all. Hidden states are those
     at depth L on the last stage and nothing of use elsewhere.
@@ -254,15 +269,15 @@ def through_stages(
     used: jax.Array | None = None,
     counts: tuple[int, ...] = (),
 ) -> tuple[jax.Array, Any]:
-    """`forward.run_rows` over the stages, one after the other: K - 1 permutes; a device computes in its own turn only.
+    """`forward.run_rows` over the devices in turn, a permute between two; each computes in its own turn only.
 
     Of N rows only the first `used` count, of which as many are run as the least of the row counts that holds them.
-    Gives (hidden states as `extend_stages`, keys and values of this stage's layers).
+    Gives (hidden states as `extend_stages`, keys and values of this device's layers).
     """
     leaf, rows, layers = memory.keys[0], x.shape[1], range(len(memory.keys))
     blank = jnp.zeros((*leaf.shape[:2], rows, leaf.shape[3]), leaf.dtype)
     fresh: Any = ((blank,) * len(layers),) * 2
-    for turn in range(device.stages):
+    for turn in range(device.devices):
 
         def run(x: jax.Array, fresh: Any) -> Any:
             def first(width: int) -> Any:
@@ -274,11 +289,11 @@ def through_stages(
 
             return first(rows) if used is None else climb(used, row_counts(counts, rows), first)
 
-        if device.stages == 1:
+        if device.devices == 1:
             return run(x, fresh)
         # Caches are read here and written by who asked: passed through a conditional they would be copied.
         x, fresh = jax.lax.cond(jax.lax.axis_index(STAGE) == turn, run, lambda x, fresh: (x, fresh), x, fresh)
-        if turn < device.stages - 1:
+        if turn < device.devices - 1:
             x = jax.lax.ppermute(x, STAGE, [(turn, turn + 1)])
     return x, fresh
 
@@ -295,7 +310,7 @@ def pipeline(device: StageNetwork, counts: tuple[int, ...]) -> Network:
         about = (view.position[0], among, view.prefix, last_row(view.live[0]), counts)
         x, (keys, values) = through_stages(device, memory, hidden[0], *about)
         memory = memory._replace(lattice_keys=keys, lattice_values=values)
-        return from_last_stage(x, device.stages)[None], memory
+        return from_last_stage(x, device.devices)[None], memory
 
     def commit(memory: Memory, done: Committed) -> Memory:
         shared = device.model.normed(done.hidden)
@@ -307,28 +322,22 @@ def pipeline(device: StageNetwork, counts: tuple[int, ...]) -> Network:
 
 
 def ar_step(device: StageNetwork, state: ARState, limits: Limits, sampling: Sampling | None = None) -> ARState:
-    """One token for every sequence that is not done: `ar.step` over the stages, K - 1 permutes and one gather."""
+    """One token for every sequence that is not done: `ar.step` over the devices, with one gather."""
     hidden, memory = extend_stages(device, state.memory, state.token[:, None], state.prefix)
     token = jax.lax.cond(
-        jax.lax.axis_index(STAGE) == device.stages - 1,
+        jax.lax.axis_index(STAGE) == device.devices - 1,
         lambda: next_token(device.model, hidden[:, 0], state.prefix + 1, sampling),
         lambda: jnp.zeros_like(state.token),
     )
-    if device.stages > 1:
+    if device.devices > 1:
         # A gather takes half the messages of a sum, and of this there is next to nothing to send.
         token = jax.lax.all_gather(token, STAGE)[-1]
     return emitted(state, memory, token, limits)
 
 
-def one_stage(view: StageView, stage: jax.Array) -> StageView:
-    """The view of a network that has this stage alone."""
-    own = jax.tree.map(lambda field: field[stage][None], view)
-    return own._replace(prefix=view.prefix, slots=view.slots)
-
-
-def from_last_stage(tree: Any, stages: int) -> Any:
-    """Broadcast what the last stage's devices have to all stages."""
-    if stages == 1:
+def from_last_stage(tree: Any, devices: int) -> Any:
+    """Broadcast what the last of these devices has to all of them."""
+    if devices == 1:
         return tree
-    last = jax.lax.axis_index(STAGE) == stages - 1
+    last = jax.lax.axis_index(STAGE) == devices - 1
     return jax.tree.map(lambda x: jax.lax.psum(jnp.where(last, x, jnp.zeros_like(x)), STAGE), tree)
