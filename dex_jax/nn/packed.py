@@ -26,7 +26,7 @@ from dex_jax.nn.tiles import in_tiles, out_of_tiles, rows_at
 INT8 = "int8"
 """The format of 8 bits a weight and one scale for each output."""
 
-_SUMMED_UP = 8192
+_SUMMED_UP = 4096
 """Rows of blocks that are summed up at once: XLA holds what it has unpacked of more."""
 
 _AT_ONCE = 1 << 20

@@ -76,7 +76,8 @@ def abstract_weights(config: ModelConfig, dtype: jnp.dtype, packing: Packing = (
     def blank(name: str, shape: tuple[int, ...], kind: str) -> jax.Array | Packed:
         return blank_weight(name, shape, dtype, packing)
 
-    return nnx.state(nnx.eval_shape(lambda: Transformer(config, blank, layout)))
+    # Not flax's own eval_shape: within a user's jax.set_mesh that asks packed kernels for their dtype.
+    return jax.eval_shape(lambda: nnx.state(Transformer(config, blank, layout)))
 
 
 def canonical_weights(config: ModelConfig, weights: Any) -> dict[str, np.ndarray]:

@@ -24,6 +24,7 @@ GPUS = {  # compute capability, and these amounts of data sheets
 }
 NOTHING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
 WRITES = {"dynamic-update-slice", "scatter"}
+PICKS = {"gather", "dynamic-slice", "slice"}
 
 
 @contextlib.contextmanager
@@ -126,7 +127,7 @@ class Hlo:
 
     def moved(self, computation):
         """Bytes of the main memory that it may read and write: of a choice its dearest branch, of a write in place what
-        is written, of other arrays all."""
+        is written, of rows that are picked those rows, of other arrays all."""
         known, total = self.computations[computation], 0
         for each in known.values():
             if each.calls and each.operation != "fusion":
@@ -138,5 +139,31 @@ class Hlo:
             elif each.operation == "dynamic-update-slice":
                 total += 2 * known[each.operands[1]].nbytes
             elif each.operation not in NOTHING and not each.operation.endswith("-done"):
-                total += each.nbytes + sum(known[name].nbytes for name in each.operands)
+                total += self._touched(each, known)
+        return total
+
+    def _touched(self, each, known):
+        """Bytes that one instruction reads and writes."""
+        operands = [known[name] for name in each.operands]
+        if "operand_aliasing" in each.line:
+            in_place = {array.dims for array in each.results}
+            return sum(one.nbytes for one in operands if in_place.isdisjoint(array.dims for array in one.results))
+        if "__cublas" in each.line:  # the last result is its workspace
+            return each.nbytes - each.results[-1].nbytes + sum(one.nbytes for one in operands)
+        if each.operation != "fusion":
+            return each.nbytes + sum(one.nbytes for one in operands)
+        inside, total = self.computations[each.calls[0]], each.nbytes
+        for name, one in inside.items():
+            if one.operation != "parameter":
+                continue
+            users = [user for user in inside.values() if name in user.operands]
+            picked = [user for user in users if user.operation in PICKS and user.operands[0] == name]
+            written = [
+                inside[user.operands[1]] for user in users if user.operation in WRITES and user.operands[0] == name
+            ]
+            if users and len(picked) + len(written) == len(users):
+                # Of an array that is written in place, what stays as it is counts neither as read nor as a result.
+                total += sum(x.nbytes for x in picked) + sum(2 * x.nbytes - one.nbytes for x in written)
+            else:
+                total += one.nbytes
         return total
