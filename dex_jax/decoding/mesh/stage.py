@@ -102,7 +102,7 @@ def stage_network(model: Transformer, plan: Plan, heads: Heads) -> StageNetwork:
         if own is not None:
             last = is_last(len(layout.depths), layout.held)[..., None]
             features = jnp.where(last, features, base_features(own, hidden))
-        return jax.lax.all_gather(features, STAGE, tiled=True)
+        return gathered(features, layout.devices)
 
     def remember(memory: Any, done: Committed, shared: Any) -> Any:
         if remembers is None or remembering is None:
@@ -130,6 +130,11 @@ def stage_network(model: Transformer, plan: Plan, heads: Heads) -> StageNetwork:
 def own_part(by_stage: jax.Array, held: int) -> jax.Array:
     """The part [S, ...] of this device, which holds S stages, of an array [K, ...]."""
     return jax.lax.dynamic_slice_in_dim(by_stage, jax.lax.axis_index(STAGE) * held, held)
+
+
+def gathered(own: jax.Array, devices: int) -> jax.Array:
+    """The arrays [S, ...] of all devices, one after the other: [K, ...]."""
+    return own if devices == 1 else jax.lax.all_gather(own, STAGE, tiled=True)
 
 
 def own_stages(view: StageView, held: int) -> StageView:
@@ -231,7 +236,7 @@ def exchange(own: Proposals, token: jax.Array, stages: int, held: int) -> tuple[
     word = jnp.where(own.valid, own.token, NO_TOKEN)
     word = jnp.where(is_last(stages, held), token, word)
     bits = jax.lax.bitcast_convert_type(own.log_probability, jnp.int32)
-    words = jax.lax.all_gather(jnp.stack([word, bits], axis=-1), STAGE, tiled=True)
+    words = gathered(jnp.stack([word, bits], axis=-1), stages // held)
     proposed = words[:-1, ..., 0]
     score = jax.lax.bitcast_convert_type(words[:-1, ..., 1], jnp.float32)
     return Proposals(proposed, score, proposed != NO_TOKEN), words[-1, ..., 0]
