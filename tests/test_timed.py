@@ -93,7 +93,7 @@ def test_writing_that_was_stopped_goes_on_with_its_texts_and_its_time(lm, data, 
             timed.train_for(lm, 1, tmp_path / "run", data=data)
     shard = tmp_path / "run" / "answers" / "000000.npz"
     written = shard.stat().st_mtime_ns
-    with pytest.raises(DexError, match=r"0\.001 minutes are over"):
+    with pytest.raises(DexError, match=r"0\.001 minutes leave no time to learn"):
         timed.train_for(lm, 0.001, tmp_path / "run", data=data)
     assert shard.stat().st_mtime_ns == written
     budget = json.loads((tmp_path / "run" / timed.BUDGET).read_text())

@@ -145,8 +145,8 @@ def train_for(
     learning = minutes - (budget.seconds + budget.compiling + comparing) / 60
     if learning <= 0:
         raise DexError(
-            f"{minutes:g} minutes leave no time to learn: texts took {budget.seconds / 60:.1f}, compiling takes about "
-            f"{budget.compiling / 60:.1f} and the comparison {comparing / 60:.1f}. Give more --minutes; the texts are kept"
+            f"{minutes:g} minutes leave no time to learn: texts took {budget.seconds / 60:.1f}, compiling takes "
+            f"{budget.compiling / 60:.1f} and the comparison {comparing / 60:.1f}: give more, the texts are kept"
         )
     aside = held_out_texts(config, lm, mixture, folder / ASIDE, tell)
     config = _within(config, budget, learning, evaluation_texts=config.evaluation_texts if explorers else 0)
