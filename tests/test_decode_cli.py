@@ -209,7 +209,6 @@ BAD_INPUT = {
     "--explorers 3": "2 layers",
     "--mesh rows=2": "rows=2",
     "--mesh stage=500": "500 devices",
-    "--mesh stage=1 --explorers 2": "2 explorers",
     "--max-new-tokens 9000": "context",
     "--method ar --rows 2": "--rows",
     "--method ar --no-draft": "--no-draft",

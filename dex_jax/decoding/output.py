@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -101,10 +102,14 @@ class Output:
         ids = self.tokens[row, : self.lengths[row]].tolist()
         if self.tokenizer is None:
             return [f"{token} " for token in ids]
-        stream = TextStream(self.tokenizer)
-        pieces = [stream.push([token]) for token in ids]
-        pieces[-1] += stream.flush()
-        return pieces
+        return list(text_pieces(self.tokenizer, ids))
+
+
+def text_pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, ...]:
+    """The text that each of one token or more adds, "" where a later one completes it."""
+    stream = TextStream(tokenizer)
+    *pieces, last = [stream.push([token]) for token in ids]
+    return (*pieces, last + stream.flush())
 
 
 def where_of(stats: Stats) -> str:

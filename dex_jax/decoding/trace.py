@@ -7,6 +7,7 @@ recorded only when asked for, and takes longer than decoding does.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from dex_jax.decoding.dex.interface import DexState
 from dex_jax.decoding.generate import prepare
+from dex_jax.decoding.output import text_pieces
 from dex_jax.decoding.plan import Method
 from dex_jax.decoding.request import Dex, Request
 from dex_jax.errors import DexError
@@ -37,6 +39,7 @@ class TracedNode:
       born: the tick that spawned it, 0 for the prefill's token.
       ended: the tick in which it was committed to the prefix or died.
       rooted: the tick in which it became the root, None if it never did.
+      probability: what its exit, or the drafter, gave its token; 1 for a root that nobody had proposed.
     """
 
     token: int
@@ -46,6 +49,7 @@ class TracedNode:
     born: int
     ended: int
     rooted: int | None
+    probability: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Trace:
       ticks: loop steps taken.
       nodes: every node that was spawned, in the order of birth.
       labels: text of every token in `nodes` and `tokens`, by id.
+      pieces: the text that each of `tokens` added, "" where a later one completes it.
     """
 
     depths: tuple[int, ...]
@@ -67,6 +72,7 @@ class Trace:
     ticks: int
     nodes: tuple[TracedNode, ...]
     labels: dict[int, str]
+    pieces: tuple[str, ...]
 
     @property
     def stages(self) -> int:
@@ -114,7 +120,8 @@ def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **opt
 
     tokenizer = lm.tokenizer
     text = str if tokenizer is None else lambda token: tokenizer.decode([token], skip_special=False)
-    return watch(tick, session.state, depths=session.plan.depths, text=text)
+    found = watch(tick, session.state, depths=session.plan.depths, text=text)
+    return found if tokenizer is None else dataclasses.replace(found, pieces=text_pieces(tokenizer, found.tokens))
 
 
 def watch(
@@ -142,13 +149,15 @@ def watch(
     length = int(state.record.lengths[sequence])
     tokens = tuple(np.asarray(state.record.tokens[sequence, :length]).tolist())
     nodes = _nodes(seen, tokens) if seen else ()
+    labels = {token: text(token) for token in sorted({*tokens, *(node.token for node in nodes)})}
     return Trace(
         depths=tuple(range(1, stages + 1)) if depths is None else tuple(depths),
         tokens=tokens,
         exits=tuple(np.asarray(state.record.exits[sequence, :length]).tolist()),
         ticks=int(state.record.ticks[sequence]),
         nodes=nodes,
-        labels={token: text(token) for token in sorted({*tokens, *(node.token for node in nodes)})},
+        labels=labels,
+        pieces=tuple(labels[token] + " " * (text is str) for token in tokens),
     )
 
 
@@ -174,9 +183,9 @@ def _nodes(seen: Sequence[tuple[Lattice, int]], tokens: Sequence[int]) -> tuple[
         for slot, index in at.items():
             if born.get(slot) != nodes[index].born:
                 nodes[index] = dataclasses.replace(nodes[index], ended=tick)
-        token, position, parent, born_at = (
+        token, position, parent, born_at, score = (
             np.asarray(field).reshape(-1)
-            for field in (lattice.token, lattice.position, lattice.parent, lattice.born_at)
+            for field in (lattice.token, lattice.position, lattice.parent, lattice.born_at, lattice.score)
         )
         before, at = at, {}
         # Parents first: they are older, or stand in an earlier row.
@@ -185,8 +194,11 @@ def _nodes(seen: Sequence[tuple[Lattice, int]], tokens: Sequence[int]) -> tuple[
                 at[slot] = before[slot]
                 continue
             at[slot] = len(nodes)
-            above = None if parent[slot] == NO_NODE else at[int(parent[slot])]
-            nodes.append(TracedNode(int(token[slot]), int(position[slot]), above, int(born_at[slot]), tick, tick, None))
+            above, chance = None, 1.0
+            if parent[slot] != NO_NODE:
+                above, chance = at[int(parent[slot])], math.exp(min(0.0, score[slot] - score[parent[slot]]))
+            about = (int(token[slot]), int(position[slot]), above, int(born_at[slot]))
+            nodes.append(TracedNode(*about, born=tick, ended=tick, rooted=None, probability=chance))
         top = at.get(int(lattice.root), -1)
         if top >= 0 and nodes[top].rooted is None:
             nodes[top] = dataclasses.replace(nodes[top], rooted=tick)

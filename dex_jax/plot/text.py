@@ -63,18 +63,18 @@ def depth_text(out: Output) -> DepthText:
     return DepthText(_html(rows, plan), _terminal(rows, plan))
 
 
-def legend(plan: Plan) -> list[tuple[str, int]]:
-    """(name, exit) of every colour."""
-    *early, last = enumerate(plan.depths, 1)
+def exit_names(depths: tuple[int, ...], drafted: bool) -> list[tuple[str, int]]:
+    """Return (name, exit) of every colour, for exit depths x_1 < ... < x_K."""
+    *early, last = enumerate(depths, 1)
     return [
-        *([] if plan.drafts is None else [("drafted", 0)]),
+        *([("drafted", 0)] if drafted else []),
         *((f"exit {number} (depth {depth})", number) for number, depth in early),
         (f"last layer (depth {last[1]})", last[0]),
     ]
 
 
 def _html(rows: list[list[tuple[str, int]]], plan: Plan) -> str:
-    names = {number: name for name, number in legend(plan)}
+    names = {number: name for name, number in exit_names(plan.depths, plan.drafts is not None)}
 
     def chip(piece: str, exit_number: int) -> str:
         # A tint on the word alone: most tokens begin with the space before it.
@@ -87,7 +87,9 @@ def _html(rows: list[list[tuple[str, int]]], plan: Plan) -> str:
         tint = depth_hex(exit_number, plan.stages) + "66"
         return f'{space}<span title="{title}" style="background:{tint};{_CHIP}">{text}</span>'
 
-    names_shown = " &nbsp;".join(chip(name, number) for name, number in legend(plan))
+    names_shown = " &nbsp;".join(
+        chip(name, number) for name, number in exit_names(plan.depths, plan.drafts is not None)
+    )
     texts = [
         f'<div style="white-space:pre-wrap;margin-bottom:.8em">{"".join(chip(*token) for token in row)}</div>'
         for row in rows
@@ -101,7 +103,7 @@ def _terminal(rows: list[list[tuple[str, int]]], plan: Plan) -> str:
     console = Console(
         file=file, force_terminal=True, force_jupyter=False, color_system="256", highlight=False, soft_wrap=True
     )
-    last = [(f"{name}  ", number) for name, number in legend(plan)]
+    last = [(f"{name}  ", number) for name, number in exit_names(plan.depths, plan.drafts is not None)]
     for row in [*rows, last]:
         line = [(piece, depth_style(number, plan.stages)) for piece, number in row]
         console.print(Text.assemble(*line))
