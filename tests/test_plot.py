@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -118,3 +120,64 @@ def test_without_matplotlib_a_sentence_says_what_to_install(trace, monkeypatch) 
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DexError, match=r"pip install matplotlib"):
         plot.lattice(trace)
+
+
+def data_of(page: str) -> dict:
+    """Return what a page plays."""
+    found = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_a_player_holds_the_decode_and_asks_for_nothing_else(trace) -> None:
+    page = plot.player(trace).page
+    data = data_of(page)
+    assert "".join(data["pieces"]) == "".join(f"{token} " for token in trace.tokens)
+    assert data["exits"] == list(trace.exits)
+    assert data["committed"] == sorted(data["committed"])
+    assert [len(data["committed"]), data["committed"][0], data["committed"][-1]] == [len(trace.tokens), 0, trace.ticks]
+    assert len(data["nodes"]) == len(trace.nodes)
+    assert len(data["colors"]) == trace.stages + 1
+    assert not re.search(r"https?:|src=|@import", page)
+    chances = [node.probability for node in trace.nodes]
+    assert max(chances) <= 1
+    assert 0 < min(chances) < 1
+
+
+def test_a_player_shows_text_that_looks_like_a_page(trace, tmp_path) -> None:
+    shown = dataclasses.replace(trace, pieces=("</script><b>", *trace.pieces[1:]))
+    player = plot.player(shown)
+    player.save(tmp_path / "decode.html")
+    assert data_of((tmp_path / "decode.html").read_text(encoding="utf-8"))["pieces"][0] == "</script><b>"
+    assert player._repr_html_().count("<script") == 0
+    with pytest.raises(DexError, match="nothing to play"):
+        plot.player(dataclasses.replace(trace, nodes=()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_a_player_plays_in_a_browser(trace, tmp_path, width: int, scheme: str) -> None:
+    """Needs the package playwright and a Chromium that is installed."""
+    api = pytest.importorskip("playwright.sync_api", reason="playing a page needs playwright")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("playing a page needs Chromium")
+    plot.player(trace).save(tmp_path / "decode.html")
+    with api.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        errors: list[str] = []
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto((tmp_path / "decode.html").as_uri())
+        assert page.inner_text("#text").split() == [str(trace.tokens[0])]
+        page.keyboard.press("ArrowRight")
+        assert f"tick 1 of {trace.ticks}" in page.inner_text("#counters")
+        page.keyboard.press("ArrowLeft")
+        page.select_option("#speed", "30")
+        page.click("#play")
+        page.wait_for_function(f"now === {trace.ticks} && !playing")
+        assert page.inner_text("#text").split() == [str(token) for token in trace.tokens]
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert errors == []
+        browser.close()

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dex_jax.cli.common import add_model, depths, program, whole
@@ -78,6 +79,9 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument_group("output").add_argument
     add("--json", action="store_true", help="one JSON object a sequence on stdout, and no text")
     add("--color-depth", action="store_true", help="colour each token by the exit that first gave it")
+    add(
+        "--player", metavar="FILE.html", help="write a page that plays the decode, traced with 5 explorers unless asked"
+    )
     add("--check", action="store_true", help="decode with plain AR too and compare token by token")
     add("--dry-run", action="store_true", help="print what would be needed of memory, load nothing")
     add("--hardware", metavar="NAME", help="with --dry-run: of one such device, t4, a100-40, h100 or v5e, say")
@@ -113,6 +117,16 @@ def check_flags(args: argparse.Namespace) -> None:
             raise DexError(f"--draft-model means nothing with --method {args.method}: leave one out")
     if args.draft_model is not None and args.exits != "default":
         raise DexError("--draft-model stands in the place of --exits: leave one of them out")
+    if args.player is not None:
+        for flag, given in {"--mesh": args.mesh, "--distributed": args.distributed, "--dry-run": args.dry_run}.items():
+            if given:
+                raise DexError(f"--player traces on one device that is here: leave {flag} out")
+        if args.method != "dex" or args.num_samples > 1 or len(args.prompt) != 1 or args.prompt_file is not None:
+            raise DexError(
+                "--player plays DEX on one --prompt, sampled once: leave --method, --num-samples and others out"
+            )
+        if Path(args.player).is_dir():
+            raise DexError(f"--player writes a file, and {args.player} is a folder: name a file in it")
     filters = [f"--{name}" for name in ("top-k", "top-p") if getattr(args, name.replace("-", "_")) is not None]
     if args.temperature == 0 and filters:
         words = "changes nothing at temperature 0, which is greedy: add --temperature 1, say"

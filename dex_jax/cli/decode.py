@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import gc
 import json
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,24 @@ def _run(args: argparse.Namespace) -> int:
         compile_seconds, told = 0.0, told + len(batch)
         if codes[-1] == INTERRUPTED:
             break
+    if args.player is not None and codes[-1] != INTERRUPTED:
+        _play(lm, prompts[0], method, args, options)
     return max(codes)
+
+
+def _play(
+    lm: LanguageModel, prompt: Prompt, method: AR | Dex, args: argparse.Namespace, options: dict[str, Any]
+) -> None:
+    """Decodes the prompt once more, tick by tick, and writes the page that plays it."""
+    from dex_jax.decoding.trace import trace
+    from dex_jax.plot import player
+
+    with phases():
+        notify(f"tracing a decode for {args.player}")
+        kept = {name: value for name, value in options.items() if name not in ("num_samples", "stop")}
+        page = player(trace(lm, prompt, method=None if method == Dex() else method, **kept))
+    page.save(args.player)
+    print(f"{args.player} plays the decode: open it in a browser", file=sys.stderr)
 
 
 def _answer(

@@ -13,7 +13,7 @@ from dex_jax.decoding.check import Check
 from dex_jax.decoding.output import Output, title, where_of
 from dex_jax.io.tokenizer import TextStream, Tokenizer
 from dex_jax.plot.colors import depth_style
-from dex_jax.plot.text import legend
+from dex_jax.plot.text import exit_names
 
 BAR_WIDTH = 30
 
@@ -88,7 +88,10 @@ def show(output: Output, checks: list[Check] | None, colors: bool) -> None:
         plan = output.stats.plan
         console.print(
             Text.assemble(
-                *((f"{name}  ", depth_style(number, plan.stages)) for name, number in legend(plan)),
+                *(
+                    (f"{name}  ", depth_style(number, plan.stages))
+                    for name, number in exit_names(plan.depths, plan.drafts is not None)
+                ),
                 "" if sys.stdout.isatty() else "(--color-depth colours text on terminals only)",
             )
         )
