@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import dex_jax
@@ -13,16 +14,32 @@ WIDTH = 1600
 
 
 def main() -> None:
-    """Writes climb.png (how nodes climb), lattice.png (also what they held) and depth_text.svg."""
+    """Writes lattice.png, player.png (for which playwright and a Chromium must be there) and depth_text.svg."""
     lm = dex_jax.load("smollm2-135m", dtype="float32")
     method = dex_jax.Dex(explorers=5, draft=False)
-    trace = dex_jax.trace(lm, PROMPT, method=method, max_new_tokens=24)
+    trace = dex_jax.trace(lm, PROMPT, method=method, max_new_tokens=64)
     FOLDER.mkdir(exist_ok=True)
-    for name, ticks, candidates in (("climb", 22, False), ("lattice", 14, True)):
-        figure = dex_jax.plot.lattice(trace, (0, ticks), candidates=candidates)
-        figure.savefig(FOLDER / f"{name}.png", dpi=WIDTH / figure.get_figwidth(), metadata={"Software": None})
+    figure = dex_jax.plot.lattice(trace, (0, 14))
+    figure.savefig(FOLDER / "lattice.png", dpi=WIDTH / figure.get_figwidth(), metadata={"Software": None})
+    draw_frame(dex_jax.plot.player(trace).page)
     out = dex_jax.generate(lm, PROMPT, method=method, max_new_tokens=96)
     (FOLDER / "depth_text.svg").write_text(dex_jax.plot.depth_text(out).svg(PROMPT), encoding="utf-8")
+
+
+def draw_frame(page: str) -> None:
+    """Writes player.png, the fullest tick in the second half of a decode that is played."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        shown = browser.new_page(viewport={"width": 860, "height": 640})
+        shown.set_content(page)
+        shown.evaluate(
+            "() => { const half = ticks >> 1, own = alive.slice(half).map((each) => each.length);"
+            " go(half + own.indexOf(Math.max(...own))) }"
+        )
+        shown.locator("main").screenshot(path=FOLDER / "player.png")
+        browser.close()
 
 
 if __name__ == "__main__":
