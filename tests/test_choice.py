@@ -14,7 +14,7 @@ from reference.small_models import LLAMA, ragged_prompts, random_drafter, random
 import dex_jax
 from dex_jax import AR, Dex, TreeShape
 from dex_jax.decoding import costs
-from dex_jax.decoding.auto import settle
+from dex_jax.decoding.auto import choose_method
 from dex_jax.decoding.costs import TickCosts, costs_of
 from dex_jax.decoding.dex import pace
 from dex_jax.decoding.dex.pace import usual_costs
@@ -34,13 +34,13 @@ def mesh_of(stages: int, platform: str) -> types.SimpleNamespace:
 def test_what_was_asked_for_is_not_settled() -> None:
     tree = TreeShape((1,), 0, (0.5,) * 8)
     for method in (AR(), Dex(explorers=1), Dex(depths=(2, 4)), Dex(rows=2), Dex(decs=False), Dex(draft=tree)):
-        assert settle(method, "shared", "none ships") == (method, "shared", None)
+        assert choose_method(method, "shared", "none ships") == (method, "shared", None)
 
 
 def test_one_explorer_is_the_default_and_exits_at_depths_are_told_how_to_be_used() -> None:
-    assert settle(Dex(), "shared", "none ships") == (Dex(explorers=1), "shared", "one explorer with drafts")
+    assert choose_method(Dex(), "shared", "none ships") == (Dex(explorers=1), "shared", "one explorer with drafts")
     own = random_exits("mlp", depths=(1, 2))
-    method, exits, why = settle(Dex(), own, "none ships")
+    method, exits, why = choose_method(Dex(), own, "none ships")
     assert (method, exits) == (Dex(explorers=1), "default")
     assert "random is for several explorers, which take turns here: --explorers asks for them" in why
 
@@ -51,25 +51,25 @@ def test_one_explorer_is_the_default_and_exits_at_depths_are_told_how_to_be_used
 )
 def test_on_a_mesh_explorers_run_where_rows_are_cheap(stages, platform, exits, explorers) -> None:
     given_exits = random_drafter() if exits == "drafter" else exits
-    method, _, why = settle(Dex(), given_exits, "none ships", mesh_of(stages, platform))
+    method, _, why = choose_method(Dex(), given_exits, "none ships", mesh_of(stages, platform))
     assert method == Dex(explorers=explorers)
     assert why == (
         "an explorer with drafts on each stage" if explorers > 1 else "one explorer with drafts over all stages"
     )
-    assert settle(Dex(rows=4), "shared", "none ships", mesh_of(stages, platform)).method == Dex(
+    assert choose_method(Dex(rows=4), "shared", "none ships", mesh_of(stages, platform)).method == Dex(
         explorers=stages, rows=4
     )
 
 
 def test_batches_on_a_cpu_are_decoded_plainly() -> None:
-    assert settle(Dex(), "shared", "none ships", sequences=3).method == Dex(explorers=1)
-    method, _, why = settle(Dex(), "shared", "none ships", sequences=4)
+    assert choose_method(Dex(), "shared", "none ships", sequences=3).method == Dex(explorers=1)
+    method, _, why = choose_method(Dex(), "shared", "none ships", sequences=4)
     assert (method, why) == (AR(), "AR, as drafts bring nothing to batches of 4 on a CPU")
-    assert settle(Dex(explorers=1), "shared", "none ships", sequences=4).method == Dex(explorers=1)
+    assert choose_method(Dex(explorers=1), "shared", "none ships", sequences=4).method == Dex(explorers=1)
     over_two = mesh_of(1, "cpu")
     over_two.shape["data"] = 2
-    assert settle(Dex(), "shared", "none ships", over_two, sequences=6).method == Dex(explorers=1)
-    assert settle(Dex(), "shared", "none ships", mesh_of(1, "tpu"), sequences=40).method == Dex(explorers=1)
+    assert choose_method(Dex(), "shared", "none ships", over_two, sequences=6).method == Dex(explorers=1)
+    assert choose_method(Dex(), "shared", "none ships", mesh_of(1, "tpu"), sequences=40).method == Dex(explorers=1)
 
 
 def test_ticks_choose_unless_rows_or_a_tree_are_given() -> None:

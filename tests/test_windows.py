@@ -14,7 +14,7 @@ from reference.small_models import LLAMA, small_model
 import dex_jax
 from dex_jax.config import LayerKind
 from dex_jax.nn import cache, kinds
-from dex_jax.nn.kinds import KindTable, ring_length, ring_of, ring_size, sights
+from dex_jax.nn.kinds import KindTable, masks_and_rotations, ring_length, ring_of, ring_size
 from dex_jax.nn.transformer import Staged
 
 WINDOW = 6
@@ -48,8 +48,8 @@ def test_a_ring_shows_the_last_positions_and_nothing_else(
             prefix = len(truth)
         position = jnp.array([[prefix + above]])
         among = jnp.ones((1, 1, 1), bool)
-        ((sight,),) = sights(CONFIG, KindTable(((kind,),)), position, jnp.array([prefix]), [length], among)
-        seen = np.asarray(held)[0, 0, np.asarray(sight.committed)[0, 0], 0]
+        ((masks,),) = masks_and_rotations(CONFIG, KindTable(((kind,),)), position, jnp.array([prefix]), [length], among)
+        seen = np.asarray(held)[0, 0, np.asarray(masks.committed)[0, 0], 0]
         assert sorted(seen) == [p for p in truth if prefix + above - p < window]
 
 

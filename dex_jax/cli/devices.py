@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dex_jax.cli.arguments import options_of, prompts_of
-from dex_jax.decoding.auto import settle
+from dex_jax.decoding.auto import choose_method
 from dex_jax.decoding.dex.drafters import draft_model
 from dex_jax.decoding.generate import tokens_of
 from dex_jax.decoding.output import title
@@ -60,7 +60,7 @@ def layout_of(args: argparse.Namespace, method: Method) -> tuple[Staged | None, 
         return None, None
     checkpoint, mesh = open_checkpoint(args.model), make_mesh(args.mesh)
     fingerprint = checkpoint.fingerprint()
-    method, exits, _ = settle(method, opened(args.exits), fingerprint, mesh)
+    method, exits, _ = choose_method(method, opened(args.exits), fingerprint, mesh)
     plan = resolve(method, exits, checkpoint.config, fingerprint)
     layout = Staged(plan.depths) if plan.has_lattice and plan.stages > 1 else None
     return layout_on_mesh(checkpoint, layout, mesh), mesh
@@ -83,7 +83,7 @@ def dry_run(args: argparse.Namespace, method: Method) -> int:
     if args.draft_model is not None:
         exits = draft_model(outline, _outline(args, args.draft_model, elsewhere))
     # A batch may be decoded by AR: one explorer holds no less.
-    method, exits, _ = settle(method, exits, outline.fingerprint, mesh)
+    method, exits, _ = choose_method(method, exits, outline.fingerprint, mesh)
     plan = resolve(method, exits, outline.config, outline.fingerprint)
     plan.say(outline.fingerprint)
     prompts: list[Prompt] = prompts_of(args) if args.prompt or args.prompt_file is not None else [[0]]

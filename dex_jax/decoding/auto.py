@@ -21,7 +21,7 @@ MANY = 4
 of 4, and 25% in batches of 16 (benchmarks/speed.py --batch, at commit 55b52f5)."""
 
 
-class Settled(NamedTuple):
+class MethodChoice(NamedTuple):
     """A method, the exits that it uses, and why."""
 
     method: Method
@@ -29,9 +29,9 @@ class Settled(NamedTuple):
     choice: str | None = None  # why, if it was chosen here
 
 
-def settle(
+def choose_method(
     method: Method, exits: GivenExits, fingerprint: str, mesh: Mesh | None = None, sequences: int = 1
-) -> Settled:
+) -> MethodChoice:
     """The method that runs, with which exits, for so many `sequences`.
 
     What the user gave as `method` is replaced only if it is Dex() without any field. One explorer is never slower than
@@ -39,19 +39,19 @@ def settle(
     Explorers side by side on one device take turns. A DexError for exits that cannot be read.
     """
     if method != Dex():
-        return Settled(with_stages(method, None if mesh is None else mesh.shape[STAGE]), exits)
+        return MethodChoice(with_stages(method, None if mesh is None else mesh.shape[STAGE]), exits)
     stages = 1 if mesh is None else mesh.shape[STAGE]
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     given, one = find_exits(exits, fingerprint), Dex(explorers=1)
     batch = -(-sequences // (1 if mesh is None else mesh.shape[DATA]))
     if batch >= MANY and device.platform == "cpu":
-        return Settled(AR(), exits, f"AR, as drafts bring nothing to batches of {batch} on a CPU")
+        return MethodChoice(AR(), exits, f"AR, as drafts bring nothing to batches of {batch} on a CPU")
     where = "one explorer with drafts" + (" over all stages" if stages > 1 else "")
     if stages >= FEWEST_STAGES and device.platform != "cpu":
         if given.drafter is None or isinstance(given.drafter, TrainedExits):
-            return Settled(Dex(explorers=stages), exits, "an explorer with drafts on each stage")
-        return Settled(one, exits, f"{where}, as {given.drafter_source} drafts for one")
+            return MethodChoice(Dex(explorers=stages), exits, "an explorer with drafts on each stage")
+        return MethodChoice(one, exits, f"{where}, as {given.drafter_source} drafts for one")
     if given.own == "exits":
         turns = "several explorers, which take turns here" if stages == 1 else "an explorer on each stage"
-        return Settled(one, "default", f"{where}; {given.source} is for {turns}: --explorers asks for them")
-    return Settled(one, exits, where)
+        return MethodChoice(one, "default", f"{where}; {given.source} is for {turns}: --explorers asks for them")
+    return MethodChoice(one, exits, where)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from dex_jax.decoding.auto import settle
+from dex_jax.decoding.auto import choose_method
 from dex_jax.decoding.dex.drafters import draft_model
 from dex_jax.decoding.loops import loop_of
 from dex_jax.decoding.output import Output, Stats
@@ -124,11 +124,11 @@ def prepare(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], req
     ids = tokens_of(lm, prompts, request) if lm.mesh is None else from_first(lambda: tokens_of(lm, prompts, request))
     exits = request.exits if request.draft_model is None else draft_model(lm, request.draft_model)
     asked = Dex() if request.method is None else request.method
-    method, exits, choice = settle(asked, opened(exits), lm.fingerprint, lm.mesh, len(ids))
+    method, exits, choice = choose_method(asked, opened(exits), lm.fingerprint, lm.mesh, len(ids))
     plan = resolve(method, exits, lm.config, lm.fingerprint)
     free = plan.has_lattice and plan.exits is None and getattr(method, "depths", None) is None
     if free and lm.layout is not None and len(lm.layout.depths) == plan.stages:
-        plan = dataclasses.replace(plan, depths=lm.layout.depths)  # nothing else settles the grid
+        plan = dataclasses.replace(plan, depths=lm.layout.depths)  # nothing else says which grid
     if plan.has_lattice and plan.stages > 1 and lm.mesh is None:
         turns = (
             f"{plan.stages} explorers take turns on one device: ticks count as if each had a device of its own, the "

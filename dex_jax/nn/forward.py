@@ -18,7 +18,7 @@ from dex_jax.nn.attention import KeyValues, attend, causal_rows
 from dex_jax.nn.cache import NOWHERE, Memory, after, allocate, lengths_of, write_in_place, write_rows, written_in_place
 from dex_jax.nn.gpu_writes import MOST_ROWS
 from dex_jax.nn.in_turn import Place, cached, in_turn, is_loop
-from dex_jax.nn.kinds import Sight, sight_at, sights
+from dex_jax.nn.kinds import MasksAndRotation, masks_and_rotation_at, masks_and_rotations
 from dex_jax.nn.layers import DecoderLayer
 from dex_jax.nn.products import FEWEST, computed_once, fills_rows
 from dex_jax.nn.transformer import Transformer
@@ -85,10 +85,10 @@ def states_apart(model: Transformer, tokens: jax.Array, position: jax.Array, amo
     # A row of zeros that sees nothing stays one through all layers, and on CPUs (nn/cpp) costs nothing there.
     embedded = jnp.where(there, model.embed_tokens(jnp.maximum(tokens, 0)), 0)
     nothing = jnp.zeros(tokens.shape[0], jnp.int32)
-    found = sights(model.config, model.kinds, jnp.maximum(position, 0), nothing, [1], among & there)
+    found = masks_and_rotations(model.config, model.kinds, jnp.maximum(position, 0), nothing, [1], among & there)
 
     def run(layer: DecoderLayer, x: jax.Array, place: Place) -> tuple[jax.Array, jax.Array]:
-        x, _, _ = run_layer(layer, x, sight_at(model.kinds, found, place, 0), [])
+        x, _, _ = run_layer(layer, x, masks_and_rotation_at(model.kinds, found, place, 0), [])
         return x, x
 
     _, states = in_turn(model, range(model.config.num_layers), run, embedded, is_loop(model))
@@ -125,12 +125,12 @@ def extend_rows(
             # What comes long after a sequence's end would take the place of what its rows still see in a ring.
             first = jnp.where(start < lengths, start, NOWHERE)
     sizes = lengths_of(memory)
-    found = sights(model.config, model.kinds, positions, start, sizes, causal, live=live, begin=begin)
+    found = masks_and_rotations(model.config, model.kinds, positions, start, sizes, causal, live=live, begin=begin)
 
     def run(layer: DecoderLayer, x: jax.Array, place: Place, keys: Any, values: Any) -> tuple[jax.Array, ...]:
         own = cached(keys, place), cached(values, place)
-        sight = sight_at(model.kinds, found, place, sizes.index(own[0].shape[-2]))
-        return run_layer(layer, x, sight, [own])
+        masks = masks_and_rotation_at(model.kinds, found, place, sizes.index(own[0].shape[-2]))
+        return run_layer(layer, x, masks, [own])
 
     def run_only(layer: DecoderLayer, x: jax.Array, place: Place) -> Any:
         x, *fresh = run(layer, x, place, memory.keys, memory.values)
@@ -213,14 +213,14 @@ def run_rows(
     """
     sizes = lengths_of(memory)
     seen, places = (None, None) if beside is None else (beside.seen, beside.position)
-    found = sights(model.config, model.kinds, position, prefix, sizes, among, seen, places, begin=begin)
+    found = masks_and_rotations(model.config, model.kinds, position, prefix, sizes, among, seen, places, begin=begin)
 
     def layer_step(layer: DecoderLayer, x: jax.Array, place: Place) -> Any:
         used = in_use[place] if isinstance(place, int) and place < len(in_use) else None
         pairs = [memory[:2]] if beside is None else [memory[:2], beside[:2]]
         sources = [(cached(keys, place), cached(values, place)) for keys, values in pairs]
-        sight = sight_at(model.kinds, found, place, sizes.index(sources[0][0].shape[-2]))
-        x, *rows = run_layer(layer, x, sight, sources, used)
+        masks = masks_and_rotation_at(model.kinds, found, place, sizes.index(sources[0][0].shape[-2]))
+        x, *rows = run_layer(layer, x, masks, sources, used)
         return x, (*rows, x) if reads else tuple(rows)
 
     entered = hidden
@@ -282,7 +282,11 @@ def write_layers(
 
 
 def run_layer(
-    layer: DecoderLayer, x: jax.Array, sight: Sight, memory: list[tuple[Any, Any]], used: jax.Array | None = None
+    layer: DecoderLayer,
+    x: jax.Array,
+    masks: MasksAndRotation,
+    memory: list[tuple[Any, Any]],
+    used: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One layer over the rows of each sequence, [B, R, D]: returns (x, keys, values) of the rows.
 
@@ -293,7 +297,7 @@ def run_layer(
     graph, weights = nnx.split(layer)
 
     def run() -> tuple[jax.Array, jax.Array, jax.Array]:
-        return _layer_rows(graph, weights, x, sight, memory)
+        return _layer_rows(graph, weights, x, masks, memory)
 
     def skip() -> tuple[jax.Array, jax.Array, jax.Array]:
         batch, groups, _, head_dim = memory[0][0].shape
@@ -306,11 +310,11 @@ def run_layer(
 # Jitted so that a model is traced once per shape of its layers and not once per layer; XLA inlines the calls.
 @functools.partial(jax.jit, static_argnums=0)
 def _layer_rows(
-    graph: Any, weights: Any, x: jax.Array, sight: Sight, memory: list[tuple[Any, Any]]
+    graph: Any, weights: Any, x: jax.Array, masks: MasksAndRotation, memory: list[tuple[Any, Any]]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     layer = nnx.merge(graph, weights)
-    queries, keys, values = layer.project(x, sight.rotation)
-    sources = [KeyValues(*each, mask) for each, mask in zip(memory, (sight.committed, sight.lattice), strict=False)]
-    sources.append(KeyValues(keys, values, sight.among))
+    queries, keys, values = layer.project(x, masks.rotation)
+    sources = [KeyValues(*each, mask) for each, mask in zip(memory, (masks.committed, masks.lattice), strict=False)]
+    sources.append(KeyValues(keys, values, masks.among))
     attended = attend(queries, sources, layer.config.attention_cap)
     return layer.finish(x, attended), keys, values

@@ -86,7 +86,7 @@ def kind_table(
     return KindTable(tuple(map(tuple, rows)), stage_axis)
 
 
-class Sight(NamedTuple):
+class MasksAndRotation(NamedTuple):
     """The rotation and the attention masks of rows in a layer."""
 
     rotation: Rotation  # of [B, R]
@@ -95,7 +95,7 @@ class Sight(NamedTuple):
     lattice: Any = None  # [B, R, slots] bool; None where there is none
 
 
-def sights(
+def masks_and_rotations(
     config: ModelConfig,
     table: KindTable,
     position: jax.Array,
@@ -106,8 +106,8 @@ def sights(
     slots: jax.Array | None = None,
     live: jax.Array | None = None,
     begin: int = 0,
-) -> list[list[Sight]]:
-    """Return each layer kind's `Sight`, in the order of `table.distinct`, by the length of their caches' arrays.
+) -> list[list[MasksAndRotation]]:
+    """Return the masks and the rotation of each kind in `table.distinct`, by the length of its caches' arrays.
 
     Args:
       config, table: of the model.
@@ -132,17 +132,19 @@ def sights(
         seen = within(((held >= begin) & (held < prefix[:, None]))[:, None], held, kind.window)
         return seen if live is None else seen & live
 
-    def sight(kind: LayerKind, length: int) -> Sight:
+    def masks(kind: LayerKind, length: int) -> MasksAndRotation:
         own = within(among, position, kind.window)
         of_lattice = None if lattice is None or slots is None else within(lattice, slots, kind.window)
-        return Sight(rotations[kind.rope], committed(kind, length), own, of_lattice)
+        return MasksAndRotation(rotations[kind.rope], committed(kind, length), own, of_lattice)
 
     rotations = {kind.rope: rope_table(position, config, kind) for kind in table.distinct}
-    return [[sight(kind, length) for length in lengths] for kind in table.distinct]
+    return [[masks(kind, length) for length in lengths] for kind in table.distinct]
 
 
-def sight_at(table: KindTable, found: list[list[Sight]], place: Any, which: int = 0) -> Sight:
-    """Return what `sights` found for a layer by its place; its caches' arrays have the length number `which`."""
+def masks_and_rotation_at(
+    table: KindTable, found: list[list[MasksAndRotation]], place: Any, which: int = 0
+) -> MasksAndRotation:
+    """Return those of `masks_and_rotations` for a layer by its place; its caches have the length number `which`."""
     index = table.index(place)
     if isinstance(index, int):
         return found[index][which]
