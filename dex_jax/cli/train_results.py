@@ -108,7 +108,7 @@ def answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[Text
 
 
 def spread(prompts: list[Any], count: int | None) -> list[Any]:
-    """`count` prompts evenly spread over the list; all of them for None or when there are no more."""
+    """Pick `count` prompts at even distances, in order, beginning with the first; all of them for None or too few."""
     if count is None or count >= len(prompts):
         return prompts
     return [prompts[at * len(prompts) // count] for at in range(count)]

@@ -60,7 +60,11 @@ class Loop(abc.ABC):
         """Return the function that runs a tick; `record.until_done` repeats it."""
 
     def on_mesh(self, plan: Plan) -> MeshLoop:
-        """The same loop for a mesh; a DexError where there is none for this plan."""
+        """Return the loop that does the same on a mesh; `MeshLoop.check_mesh` says whether a mesh fits it.
+
+        Raises:
+          DexError: this loop runs on one device only.
+        """
         raise DexError(f"method {plan.method} is for one device: leave the mesh out, or use Dex or AR")
 
     def ticks(self, exits: np.ndarray, length: int, stages: int) -> int:
@@ -84,7 +88,7 @@ class MeshLoop(Loop):
         return self
 
     def check_mesh(self, plan: Plan) -> None:
-        """Refuses, with a DexError, a mesh of other stages or exit depths than it can run on; nothing unless said."""
+        """Raise a DexError if the plan's mesh has stages or exit depths that the loop cannot run on; here never."""
 
     @abc.abstractmethod
     def init_stage(self, device: StageNetwork, plan: Plan, begun: Prefilled, capacity: int) -> Any:
@@ -92,7 +96,7 @@ class MeshLoop(Loop):
 
     @abc.abstractmethod
     def tick_stage(self, device: StageNetwork, plan: Plan, limits: Limits, sampling: Sampling | None) -> Tick:
-        """`tick` there."""
+        """Return the function that runs a tick on one device of a mesh."""
 
     @abc.abstractmethod
     def state_specs(self, plan: Plan, memory: Any) -> Any:

@@ -5,16 +5,17 @@ from __future__ import annotations
 PIECES = (512, 192, 48)
 CACHE_STEP = ALONE = 1024
 SMALLEST_CACHE = {1: ALONE, 2: 512, 4: 512}
-"""S of so many sequences at least, of others 256: the caches of a few are small beside the weights, and all lengths up
-to it share their programs."""
+"""The smallest cache length S by the number of sequences, 256 for others: caches of a few are small beside the
+weights, and all lengths up to it share their programs."""
 
 BATCH_STEP = 4
 
 
 def prompt_pieces(length: int) -> tuple[int, ...]:
-    """The chunks in which a prompt is read, the last padded: all prompts share the programs of a few sizes.
+    """Return the padded sizes of the chunks in which a prompt of `length` tokens is read; only the last is padded.
 
-    Each chunk reads all weights, and padding costs next to nothing: there are as few chunks as can be.
+    Prompts of all lengths share the programs of a few sizes. There are as few chunks as can be: each reads all weights, and
+    padding costs next to nothing.
     """
     whole, rest = divmod(length, PIECES[0])
     return (PIECES[0],) * whole + ((min(size for size in PIECES if size >= rest),) if rest else ())
@@ -26,7 +27,7 @@ def prompt_bucket(length: int) -> int:
 
 
 def cache_length_for(prompt_length: int, max_new_tokens: int, ahead: int, batch: int) -> int:
-    """S, cache positions of `batch` sequences for a longest prompt of so many tokens, the new ones and `ahead` more.
+    """Return S, the cache positions of each of `batch` sequences: prompt, new tokens and `ahead` more, rounded up.
 
     A power of two up to CACHE_STEP, then whole steps: what decodes is compiled for S, not for lengths of prompts and
     answers.

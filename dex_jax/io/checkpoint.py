@@ -72,11 +72,15 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """Built when first asked for; None when there is none, a DexError for one of a kind that is not covered."""
+        """The checkpoint's tokenizer, built at first use; None if there is none.
+
+        Raises:
+          DexError: its kind is not supported.
+        """
         return self._build_tokenizer()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> shape, for every tensor that `read` can return."""
+        """Return the shape of every tensor that `read` can return, by its canonical name (io/tensor_names.py)."""
         return {name: stacked_shape([part.shape for part in parts]) for name, parts in self._parts.items()}
 
     def read(self, name: str) -> np.ndarray:
@@ -94,7 +98,7 @@ class Checkpoint:
         return out
 
     def formats(self) -> dict[str, list[tuple[str, int]]]:
-        """Canonical name -> of each part of every matrix what its numbers are stored as, and its rows."""
+        """Return (storage format, number of rows) of each part of every matrix, by its canonical name."""
         return {
             name: [(self._tensors.stored[part.name].format, part.shape[0]) for part in parts]
             for name, parts in self._parts.items()

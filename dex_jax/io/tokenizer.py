@@ -79,10 +79,14 @@ class Tokenizer:
         return tuple(sorted({*self._config_eos_ids, *self.special_ids.intersection(following)}))
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """Text to ids; names of special tokens in it become those tokens.
+        """Turn text into ids; a special token's name in the text becomes that token.
 
-        `add_special` adds what the tokenizer puts around a sequence, such as BOS. A DexError where the text holds half
-        of a surrogate pair, as text that was read with the wrong encoding does.
+        Args:
+          text: any Unicode text.
+          add_special: whether to add what the tokenizer puts around a sequence, such as BOS.
+
+        Raises:
+          DexError: the text holds half of a surrogate pair, as text that was read with the wrong encoding does.
         """
         try:
             text.encode()

@@ -31,7 +31,7 @@ class Pieces(NamedTuple):
     least: jax.Array | None = None  # as the scale; None for 0
 
     def numbers(self) -> jax.Array:
-        """To the last bit as the gguf package has them: float32, of the codes' shape."""
+        """Compute the numbers, bit for bit as the gguf package does: float32, of the codes' shape."""
         scaled = self.scale * self.codes.astype(jnp.float32)
         return scaled if self.least is None else scaled + self.least
 

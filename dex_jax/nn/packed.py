@@ -75,7 +75,7 @@ class Packed:
         return jnp.concatenate([_product(rows, *part, self.tiles) for part in each], axis=-1)
 
     def dense(self) -> jax.Array:
-        """The numbers that this stands for, float32 [..., out, in]."""
+        """Unpack the kernel: float32 [..., out, in]."""
         each = zip(self.parts, self.scales, self.formats, strict=True)
         return jnp.concatenate([_dense(_as_stored(part, f, self.tiles), scale, f) for part, scale, f in each], axis=-2)
 
@@ -136,7 +136,7 @@ def joined(blocks: list[np.ndarray], runs: tuple[tuple[str, int], ...]) -> Packe
 
 
 def as_products_read(kernel: Packed) -> Packed:
-    """A kernel whose arrays are NumPy's and lie as a file has them: in tiles, where products here take these."""
+    """Put a kernel of NumPy arrays that lie as in a file into tiles, where products on this machine read tiles."""
     if kernel.tiles or not _in_tiles_here(kernel.formats):
         return kernel
     parts = (in_tiles(part, format) for part, format in zip(kernel.parts, kernel.formats, strict=True))

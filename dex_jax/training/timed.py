@@ -209,7 +209,7 @@ class _Timing(NamedTuple):
     def budget(self, kept: Answers, comparing: float) -> Budget:
         """Write texts until the time left is what reading them EPOCHS times takes, and `comparing` seconds."""
         config, texts = self.config, list[Text]()
-        seconds_a_token, tokens = 0.0, 0
+        seconds_a_token, tokens, compiled_before = 0.0, 0, compile_seconds()
         self.say()
         for shard in kept.shards():
             texts += shard
@@ -217,7 +217,7 @@ class _Timing(NamedTuple):
             if not seconds_a_token:
                 self.say("measuring a step of training")
                 seconds_a_token = self.seconds_a_token(texts)
-            compiling = 0.0 if config.exits.depths[0] else COMPILING * compile_seconds()
+            compiling = 0.0 if config.exits.depths[0] else COMPILING * (compile_seconds() - compiled_before)
             spent = time.perf_counter() - self.begin
             left = self.seconds - spent - compiling - comparing
             write_json(self.file, dataclasses.asdict(Budget(spent)))

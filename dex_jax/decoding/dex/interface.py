@@ -163,7 +163,7 @@ class ExitZero(Protocol):
 
     @property
     def alone(self) -> bool:
-        """Return whether it reads nothing of the model's states, so that every device of a mesh can do all of it."""
+        """True if the drafter reads no hidden states: every device of a mesh then moves its memory on by itself."""
 
     def empty(self, batch: int, length: int, dtype: jnp.dtype) -> Any:
         """Return what it remembers (Memory.exits) before any position is committed, of at most `length`."""

@@ -31,8 +31,9 @@ class Pace(NamedTuple):
     Attributes:
       costs: [C + 1] float32, of a tick of each row count, in those of a tick of one row; the last of drafting a level.
       promised, kept: [B] float32, tokens that drafts and seeds promised, and those that they brought.
-      asked, drafted: [B] float32, tokens that rows promised below which the drafter was asked, but for those that the
-        text had there, and what of its drafts was run.
+      asked: [B] float32, summed probabilities of the rows below which the drafter was asked, less those of what the
+        text already gave there.
+      drafted: [B] float32, summed probabilities of the rows that only the drafter gave and that were run.
       length: [B] int32, tokens that had been emitted after the last tick.
       rung: [B] int32, the index of the row count that the next tick runs, C before tick 0.
       ran: [B, C + 1] int32, how often each cost has been paid.
@@ -49,12 +50,18 @@ class Pace(NamedTuple):
 
     @property
     def trust(self) -> jax.Array:
-        """[B] float32, tokens that come of one that is promised."""
+        """The tokens that lately came true for each token promised: [B] float32.
+
+        It starts at 1, with the weight of BELIEVED; roots do not count.
+        """
         return (jnp.maximum(self.kept, 0) + BELIEVED) / (jnp.maximum(self.promised, 0) + BELIEVED)
 
     @property
     def hope(self) -> jax.Array:
-        """[B] float32, tokens that come of drafting below rows that promise one."""
+        """The tokens expected from drafting below rows that promise one token together: [B] float32.
+
+        This is `trust` times the share of what the drafter was asked for that was worth running.
+        """
         return self.trust * (self.drafted + BELIEVED * HOPE) / (self.asked + BELIEVED)
 
 
@@ -77,9 +84,10 @@ def begin(batch: int, counts: tuple[int, ...]) -> Pace:
 
 
 def is_worth_a_level(pace: Pace, going: jax.Array, below: jax.Array) -> jax.Array:
-    """Says whether to draft a level below rows that promise `below` [B] tokens beyond the text's: bool scalar.
+    """Say whether to draft a level below rows that promise `below` [B] tokens beyond the text's: bool scalar.
 
-    It is if that should bring as many tokens as AR makes in its time, and in that of the next larger number of rows.
+    It is worth it if the level should bring more tokens than AR makes in the time that drafting it takes, plus the
+    extra time of a tick of the next larger number of rows.
     """
     price = pace.costs[-1] + pace.costs[min(1, pace.costs.shape[0] - 2)] - pace.costs[0]
     return jnp.sum(jnp.where(going, pace.hope * below - price, 0)) > 0

@@ -62,7 +62,13 @@ def exit_arrays(
     parameters: Mapping[str, np.ndarray | Packed],
     vocabulary: np.ndarray | None,
 ) -> ExitArrays:
-    """Puts trained exits (`nn.exits.select_exits`) beside the model that they will read, which is of the same width."""
+    """Build the arrays that compiled programs take for trained exits or a trained drafter.
+
+    Args:
+      model: which gives dtype and unembedding.
+      config, parameters: of the heads (`nn.exits.select_exits`), of the model's width.
+      vocabulary: ids of the draft vocabulary's tokens, None for the full one.
+    """
     kept = few_rows.kept_dtype(model.dtype)
     # Heads at several depths are stacked, which C++ would need copies of.
     heads = heads_of(config, parameters, kept if config.is_drafter else model.dtype)
@@ -90,7 +96,7 @@ class TrainedHeads:
     alone: ClassVar[bool] = False
 
     def empty(self, batch: int, length: int, dtype: jnp.dtype) -> ExitMemory | tuple[()]:
-        """() for exits that remember nothing."""
+        """Return the memory before any position is committed; () for exits that remember nothing."""
         config = self.config
         if not config.needs_previous:
             return ()
