@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,14 @@ def join() -> None:
         client.blocking_key_value_get(f"{_NAMES}{number}", 1000 * HEARTBEAT_SECONDS)
         for number in range(jax.process_count())
     ]
+
+
+def keep_stdout() -> None:
+    """Leave stdout to Python: what C++ prints there, as Gloo does its ranks, goes to stderr from now on."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, buffering=1)
 
 
 def lost_processes() -> list[str]:

@@ -27,10 +27,15 @@ def checkpoint(tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("distributed"), "llama2")
 
 
-def start(checkpoint: Path, *arguments: str) -> list[subprocess.Popen]:
+def free_port() -> int:
+    """Return a port of this machine that nobody listens at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start(checkpoint: Path, *arguments: str) -> list[subprocess.Popen]:
+    port = free_port()
     # What both compile is compiled once.
     base = {
         **os.environ,
@@ -50,6 +55,39 @@ def start(checkpoint: Path, *arguments: str) -> list[subprocess.Popen]:
         )
         for number in range(2)
     ]
+
+
+@pytest.mark.slow
+def test_stdout_of_two_processes_is_json_alone() -> None:
+    environment, port = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_PROCESSES": "2"}, free_port()
+    environment["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
+    flags = [
+        "--distributed",
+        "--mesh",
+        "stage=2",
+        "--method",
+        "ar",
+        "--max-new-tokens",
+        "4",
+        "--json",
+        "--prompt",
+        "Hi",
+    ]
+    command = [sys.executable, str(Path(__file__).parents[1] / "decode.py"), *flags]
+    both = [
+        subprocess.Popen(
+            command,
+            env={**environment, "JAX_PROCESS_ID": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    (first, said), (second, _) = (process.communicate(timeout=300) for process in both)
+    assert [process.returncode for process in both] == [0, 0], said
+    assert json.loads(first)["new_tokens"] == 4
+    assert second == ""
 
 
 @pytest.mark.slow

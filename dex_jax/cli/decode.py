@@ -44,8 +44,9 @@ def _run(args: argparse.Namespace) -> int:
 
             return dry_run(args, method)
         if args.distributed:
-            from dex_jax.distributed import from_first, join
+            from dex_jax.distributed import from_first, join, keep_stdout
 
+            keep_stdout()
             join()
             prompts = from_first(lambda: prompts_of(args))
         notify("opening the model")

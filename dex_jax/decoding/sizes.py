@@ -14,7 +14,7 @@ BATCH_STEP = 4
 def prompt_pieces(length: int) -> tuple[int, ...]:
     """Return the padded sizes of the chunks in which a prompt of `length` tokens is read; only the last is padded.
 
-    Prompts of all lengths share the programs of a few sizes. There are as few chunks as can be: each reads all weights, and
+    Prompts of all lengths share the programs of a few sizes. There are as few as can be: each reads all weights, and
     padding costs next to nothing.
     """
     whole, rest = divmod(length, PIECES[0])
