@@ -19,7 +19,7 @@ def main() -> None:
     method = dex_jax.Dex(explorers=5, draft=False)
     trace = dex_jax.trace(lm, PROMPT, method=method, max_new_tokens=64)
     FOLDER.mkdir(exist_ok=True)
-    figure = dex_jax.plot.lattice(trace, (0, 14))
+    figure = dex_jax.plot.lattice(trace, (0, 22))
     figure.savefig(FOLDER / "lattice.png", dpi=WIDTH / figure.get_figwidth(), metadata={"Software": None})
     draw_frame(dex_jax.plot.player(trace).page)
     out = dex_jax.generate(lm, PROMPT, method=method, max_new_tokens=96)

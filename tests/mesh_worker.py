@@ -66,7 +66,6 @@ class Case:
     batch: int = 1
     exits: tuple[str, bool, int | None] | None = None  # (kind, fused, draft vocabulary), None for the model's own
     filters: bool = False  # top-k and top-p
-    depths: tuple[int, ...] | None = None  # of the exits, where they are not even
     head_dim: int = LLAMA.head_dim
     drafts: str | None = None  # "text", "drafter" or "model"
     chosen: bool = False  # whether ticks choose their rows and drafted levels
@@ -81,8 +80,7 @@ class Case:
     def plan(self) -> Plan:
         """Return the plan of DEX, by default with one explorer a stage; its depths are those of the mesh for AR too."""
         draft = False if self.drafts is None else CHOSEN if self.chosen else TREE
-        even = Dex(explorers=self.explorers or parse_mesh(self.mesh)["stage"], draft=draft)
-        return plan_for((even if self.depths is None else Dex(depths=self.depths, draft=draft)), self.layers)
+        return plan_for(Dex(explorers=self.explorers or parse_mesh(self.mesh)["stage"], draft=draft), self.layers)
 
     @property
     def layout(self) -> Staged:
@@ -118,7 +116,6 @@ def named(*cases: Case) -> dict[str, Case]:
 
 CASES = named(
     Case("exits attn", "stage=3", 3, batch=4, exits=("attn", False, 30)),
-    Case("exits attn, short last stage", "stage=2", 3, batch=4, exits=("attn", True, 30), depths=(2, 3)),
     Case("ar", "stage=3", 4, method="ar", batch=4),
     Case("all axes", AXES, 3, batch=4, sampled=True, filters=True),
     Case("drafts, exits mlp", "stage=3", 3, batch=4, drafts="drafter", chosen=True, exits=("mlp", True, 30)),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 from reference.compiled import Hlo, assumed, devices_of
-from reference.small_models import LLAMA, outline_of, programs_of
+from reference.small_models import LLAMA, outline_of, packed_alike, programs_of
 
 from dex_jax.decoding.dex.drafters import draft_model
 from dex_jax.decoding.dex.trees import TreeShape
@@ -28,7 +28,6 @@ from dex_jax.nn.packed import INT8
 from dex_jax.nn.planes import PLANES
 from dex_jax.nn.sharding import make_mesh, nbytes
 from dex_jax.nn.transformer import Staged, parameter_shapes
-from dex_jax.nn.weights import packed_alike
 
 TREE = TreeShape((2, 2, 1, 1, 1), drafted=0, lookup=(0.5,) * 8)
 DRAFTED = dataclasses.replace(TREE, drafted=3)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import slow
-from reference.small_models import LLAMA, outline_of, random_exits, random_transformer
+from reference.small_models import LLAMA, outline_of, packed_alike, random_exits, random_transformer
 
 import dex_jax
 from dex_jax.cli import devices
@@ -19,7 +19,6 @@ from dex_jax.decoding.request import AR, Dex, Request
 from dex_jax.decoding.session import Session
 from dex_jax.nn.packed import INT8
 from dex_jax.nn.sharding import nbytes
-from dex_jax.nn.weights import packed_alike
 from dex_jax.planner import SHAPES
 
 

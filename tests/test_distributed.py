@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -27,63 +28,28 @@ def checkpoint(tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("distributed"), "llama2")
 
 
-def free_port() -> int:
-    """Return a port of this machine that nobody listens at."""
+def start(compiled: Path, *command: str) -> list[subprocess.Popen]:
+    """Start one command twice; what both compile is compiled once."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def start(checkpoint: Path, *arguments: str) -> list[subprocess.Popen]:
-    port = free_port()
-    # What both compile is compiled once.
+        port = free.getsockname()[1]
     base = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(checkpoint / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": str(compiled / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": "2",
     }
-    return [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(checkpoint), *arguments],
-            env={**base, "JAX_PROCESS_ID": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
+    pipes: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    run = functools.partial(subprocess.Popen, [sys.executable, *command], **pipes)
+    return [run(env={**base, "JAX_PROCESS_ID": number}) for number in "01"]
 
 
 @pytest.mark.slow
-def test_stdout_of_two_processes_is_json_alone() -> None:
-    environment, port = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_PROCESSES": "2"}, free_port()
-    environment["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
-    flags = [
-        "--distributed",
-        "--mesh",
-        "stage=2",
-        "--method",
-        "ar",
-        "--max-new-tokens",
-        "4",
-        "--json",
-        "--prompt",
-        "Hi",
-    ]
-    command = [sys.executable, str(Path(__file__).parents[1] / "decode.py"), *flags]
-    both = [
-        subprocess.Popen(
-            command,
-            env={**environment, "JAX_PROCESS_ID": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
+def test_stdout_of_two_processes_is_json_alone(tmp_path: Path) -> None:
+    flags = ["--distributed", "--json", "--mesh", "stage=2", "--method", "ar", "--prompt", "Hi", "--max-new-tokens=4"]
+    both = start(tmp_path, str(WORKER.parents[1] / "decode.py"), *flags)
     (first, said), (second, _) = (process.communicate(timeout=300) for process in both)
     assert [process.returncode for process in both] == [0, 0], said
     assert json.loads(first)["new_tokens"] == 4
@@ -93,7 +59,7 @@ def test_stdout_of_two_processes_is_json_alone() -> None:
 @pytest.mark.slow
 def test_two_processes_decode_what_one_does(checkpoint: Path) -> None:
     results = []
-    for process in start(checkpoint):
+    for process in start(checkpoint, str(WORKER), str(checkpoint)):
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         results.append(json.loads(out.splitlines()[-1]))
@@ -111,7 +77,7 @@ def test_two_processes_decode_what_one_does(checkpoint: Path) -> None:
 
 @pytest.mark.slow
 def test_when_one_process_dies_the_other_ends_and_names_it(checkpoint: Path) -> None:
-    survivor, dying = start(checkpoint, "--die")
+    survivor, dying = start(checkpoint, str(WORKER), str(checkpoint), "--die")
     dying.communicate(timeout=300)
     begin = time.monotonic()
     _, err = survivor.communicate(timeout=60)

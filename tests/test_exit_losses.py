@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import distillation_twin
-from reference.jaxprs import arrays_of
 
 from dex_jax.nn.targets import Vocabulary
 from dex_jax.training import losses
@@ -18,6 +18,12 @@ from dex_jax.training.losses import exit_losses
 EXITS, TOKENS, WIDTH, WORDS = 3, 11, 8, 24
 DRAFT = (0, 2, 3, 7, 8, 9, 13, 17, 20, 23)
 SCALE = np.array([1.0, 0.5, -2.0], np.float32)
+
+
+def arrays_of(function, *arguments) -> set[tuple[int, ...]]:
+    """The shapes of all float32 arrays in a function's jaxpr, loops and calls included."""
+    text = str(jax.make_jaxpr(function)(*arguments))
+    return {tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", text)}
 
 
 @pytest.fixture(scope="module")

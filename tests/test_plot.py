@@ -34,10 +34,6 @@ def trace(lm):
     return dex_jax.trace(lm, [1, 2, 3], method=dex_jax.Dex(explorers=4, draft=False), exits="shared", max_new_tokens=12)
 
 
-def needs_matplotlib():
-    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
-
-
 def test_pieces_are_the_text(out) -> None:
     tokenizer = outline("smollm2-135m").tokenizer
     text = " Tea 茶 or café: naïve?\n\nYes."
@@ -79,40 +75,24 @@ def test_text_is_escaped(out) -> None:
 
 
 def words(axes, at: int) -> list:
-    """The words of the upper picture, at its foot (0) or at the last depth."""
+    """Return the words of the picture, at its foot (0) or at the last depth."""
     return sorted((text for text in axes.texts if text.xy[1] == at), key=lambda text: text.xy[0])
 
 
 def test_lattice_draws_every_node_and_commit(trace) -> None:
-    needs_matplotlib()
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     figure = plot.lattice(trace, ticks=(0, trace.ticks))
-    climb, bars = figure.axes
-    assert len(bars.patches) >= len(trace.nodes)
+    (climb,) = figure.axes
+    assert len(climb.lines) >= len(trace.nodes)
     emitted = words(climb, trace.depths[-1])
     assert [text.get_text() for text in emitted] == [str(token) for token in trace.tokens[1:]]
     assert [text.xy[0] for text in emitted][:-1] == [node.rooted for node in trace.roots[1:]]
-    part = plot.lattice(trace, ticks=(2, 7)).axes[0]
-    assert len(plot.lattice(trace, candidates=False).axes) == 1
-    assert len(words(part, trace.depths[-1])) == sum(2 < node.rooted <= 7 for node in trace.roots)
-
-
-def test_words_have_the_colours_of_their_own_lines_and_nothing_covers_them(trace) -> None:
-    needs_matplotlib()
-    figure = plot.lattice(trace, candidates=False)
-    (climb,) = figure.axes
-    colours = {node.rooted: darker(depth_hex(node.born_at, 4)) for node in trace.roots[1:]}
-    emitted, begun = words(climb, trace.depths[-1]), words(climb, 0)
-    assert [text.get_color() for text in emitted if text.xy[0] in colours] == [
-        colours[text.xy[0]] for text in emitted if text.xy[0] in colours
-    ]
-    assert len(set(colours.values())) > 1
-    feet = {text.xy[0]: (text.get_text(), text.get_color()) for text in begun}
-    for node in trace.roots:
-        if node.born in feet and node.born > 0:
-            assert feet[node.born] == (str(node.token), darker(depth_hex(node.born_at, 4)))
+    colors = {node.rooted: darker(depth_hex(node.born_at, 4)) for node in trace.roots[1:]}
+    assert [text.get_color() for text in emitted][:-1] == [*colors.values()]
+    assert len(set(colors.values())) > 1
     assert figure._repr_png_().startswith(b"\x89PNG"), "what notebooks show"
-    legend = figure.legends[0].get_window_extent()
-    assert not any(legend.overlaps(text.get_window_extent()) for text in climb.texts)
+    part = plot.lattice(trace, ticks=(2, 7)).axes[0]
+    assert len(words(part, trace.depths[-1])) == sum(2 < node.rooted <= 7 for node in trace.roots)
 
 
 def test_without_matplotlib_a_sentence_says_what_to_install(trace, monkeypatch) -> None:
@@ -136,12 +116,9 @@ def test_a_player_holds_the_decode_and_asks_for_nothing_else(trace) -> None:
     assert data["exits"] == list(trace.exits)
     assert data["committed"] == sorted(data["committed"])
     assert [len(data["committed"]), data["committed"][0], data["committed"][-1]] == [len(trace.tokens), 0, trace.ticks]
-    assert len(data["nodes"]) == len(trace.nodes)
-    assert len(data["colors"]) == trace.stages + 1
+    assert (len(data["nodes"]), len(data["colors"])) == (len(trace.nodes), trace.stages + 1)
     assert not re.search(r"https?:|src=|@import", page)
-    chances = [node.probability for node in trace.nodes]
-    assert max(chances) <= 1
-    assert 0 < min(chances) < 1
+    assert 0 < min(node.probability for node in trace.nodes) < 1
 
 
 def test_a_player_shows_text_that_looks_like_a_page(trace, tmp_path) -> None:
@@ -159,8 +136,7 @@ def test_a_player_shows_text_that_looks_like_a_page(trace, tmp_path) -> None:
 def test_a_player_plays_in_a_browser(trace, tmp_path, width: int, scheme: str) -> None:
     """Needs the package playwright and a Chromium that is installed."""
     api = pytest.importorskip("playwright.sync_api", reason="playing a page needs playwright")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
+    if (chromium := shutil.which("chromium") or shutil.which("google-chrome")) is None:
         pytest.skip("playing a page needs Chromium")
     plot.player(trace).save(tmp_path / "decode.html")
     with api.sync_playwright() as started:

@@ -57,12 +57,6 @@ Packing = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
 """Which kernels stay packed: their canonical names, and of each its runs of rows, (format, rows). () for none."""
 
 
-def packed_alike(config: ModelConfig, format: str) -> Packing:
-    """Every kernel of a model in one format."""
-    shapes = parameter_shapes(config).items()
-    return tuple((name, ((format, shape[0]),)) for name, shape in shapes if len(shape) == 2)
-
-
 def blank_weight(name: str, shape: tuple[int, ...], dtype: jnp.dtype, packing: Packing) -> jax.Array | Packed:
     """Zeros in the place of a parameter, in `dtype` or as `packing` says."""
     # All layers that share an array, as on a mesh those of all stages do, are packed alike.

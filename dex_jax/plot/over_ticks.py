@@ -16,26 +16,23 @@ TICKS = 26
 INK, FAINT = "#22262e", "#c9ced6"
 _DEAD, _CROSS = "#e4e7ec", "#a9b0bb"
 _CLIMB = 3.6  # inches
-_LANE = 0.15  # inches
 _TICK = 0.4  # inches
 
 _Nodes = dict[int, TracedNode]
 """By their places among the trace's nodes."""
 
 
-def lattice(trace: Trace, ticks: tuple[int, int] | None = None, *, candidates: bool = True) -> Any:
+def lattice(trace: Trace, ticks: tuple[int, int] | None = None) -> Any:
     """Draws which nodes there were, how deep they got, and what commits and collapses did, tick by tick.
 
-    Above, every node climbs from depth 0 by one stage a tick. Lines that lived on have the colour of the exit that
-    first gave their token, which stands at their foot; pale ones died in a collapse. Where the root reaches the last
-    depth (a dot), its logits decide the next token: that stands above, in the colour of its own line, which has begun
-    to climb long before if an exit was right. Below, the same nodes by position, each from its birth to its end. A thin
-    line leads from a node to the child that it proposed and that lived on; dotted lines are commits.
+    Every node climbs from depth 0 by one stage a tick. Lines that lived on have the colour of the exit that first gave
+    their token, which stands at their foot; pale ones died in a collapse. Where the root reaches the last depth (dot),
+    its logits decide the next token: that stands above, in the colour of its own line, which has begun to climb long
+    before if an exit was right. Dotted lines are commits.
 
     Args:
       trace: from `dex_jax.trace` or `dex_jax.watch`.
       ticks: the first and the last one to draw; None is the first 26.
-      candidates: whether to draw the lower part.
 
     Returns:
       A matplotlib Figure.
@@ -51,20 +48,13 @@ def lattice(trace: Trace, ticks: tuple[int, int] | None = None, *, candidates: b
     commits = [node for node in trace.roots if node.rooted is not None and first < node.rooted <= last]
     if trace.ticks <= last and len(trace.tokens) > 1:
         commits = [*commits, _final(trace)]
-    lanes = _lanes(nodes)
-    heights = (_CLIMB, (max(lanes.values()) + 1) * _LANE) if candidates else (_CLIMB,)
-    figure = _new_figure(1.8 + (last - first) * _TICK, sum(heights) + 0.9)
-    climb, *bars = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    figure = _new_figure(1.8 + (last - first) * _TICK, _CLIMB + 0.9)
+    climb = figure.subplots()
     _draw_climb(climb, trace, nodes, commits, last)
     _legend(figure, trace)
-    if bars:
-        climb.tick_params(axis="x", labelbottom=False, length=0)
-        climb.spines["bottom"].set_visible(False)
-        _draw_bars(bars[0], trace, nodes, lanes, commits, first, last)
-    lowest = figure.axes[-1]
-    lowest.set_xlim(first - 0.9, last + 1.1)
-    lowest.set_xlabel("tick")
-    lowest.xaxis.get_major_locator().set_params(integer=True)
+    climb.set_xlim(first - 0.9, last + 1.1)
+    climb.set_xlabel("tick")
+    climb.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
@@ -165,50 +155,6 @@ def _legend(figure: Any, trace: Trace) -> None:
     columns = min(len(handles), int(figure.get_figwidth() / 1.3))
     options = {"frameon": False, "fontsize": 9.5, "handlelength": 1.5, "columnspacing": 1.6}
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, **options)
-
-
-def _draw_bars(
-    axes: Any, trace: Trace, nodes: _Nodes, lanes: dict[int, int], commits: list[TracedNode], first: int, last: int
-) -> None:
-    _quieten(axes)
-    positions: dict[int, list[int]] = {}  # -> lanes
-    for index, node in nodes.items():
-        lane, left, strong = lanes[index], max(node.born, first - 0.4), node.rooted is not None
-        positions.setdefault(node.position, []).append(lane)
-        color = _color(node, trace) if strong else _DEAD
-        axes.barh(lane, min(node.ended, last + 0.5) - left, left=left, height=0.86, color=color, linewidth=0)
-        style: dict[str, Any] = {"color": "white", "fontweight": "bold"} if strong else {"color": "#6b7380"}
-        style |= {"fontsize": 6.6, "va": "center"}
-        text = axes.text(left + 0.12, lane + 0.04, _label(trace, node.token), clip_on=True, **style)
-        text.set_clip_path(axes.patches[-1])
-        if strong and node.parent in lanes:
-            ends = [lanes[node.parent] + 0.43, lane - 0.43]
-            axes.plot([node.born] * 2, ends, color=INK, linewidth=0.7, zorder=0.9)
-    for node in commits:
-        axes.axvline(node.rooted, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
-    for _, taken in sorted(positions.items())[1::2]:
-        axes.axhspan(min(taken) - 0.5, max(taken) + 0.5, color="#f7f8fa", zorder=0, linewidth=0)
-    middles = [(min(taken) + max(taken)) / 2 for taken in positions.values()]
-    axes.set_yticks(middles, [str(position - trace.nodes[0].position) for position in positions])
-    axes.set_ylabel("position of the token")
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.set_ylim(max(lanes.values()) + 0.7, -0.7)
-
-
-def _lanes(nodes: _Nodes) -> dict[int, int]:
-    """The lane of each node's bar: positions downwards, the nodes that lived on first."""
-    lanes: dict[int, int] = {}
-    used = 0
-    for position in sorted({node.position for node in nodes.values()}):
-        ends: list[float] = []  # of the last bar in each lane
-        group = [(index, node) for index, node in nodes.items() if node.position == position]
-        for index, node in sorted(group, key=lambda pair: (pair[1].rooted is None, pair[1].born)):
-            lane = next((lane for lane, end in enumerate(ends) if end <= node.born), len(ends))
-            ends[lane : lane + 1] = [node.ended + 0.1]
-            lanes[index] = used + lane
-        used += len(ends)
-    return lanes
 
 
 def _label(trace: Trace, token: int) -> str:

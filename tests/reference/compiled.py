@@ -148,10 +148,9 @@ class Hlo:
         if "operand_aliasing" in each.line:
             in_place = {array.dims for array in each.results}
             return sum(one.nbytes for one in operands if in_place.isdisjoint(array.dims for array in one.results))
-        if "__cublas" in each.line:  # the last result is its workspace
-            return each.nbytes - each.results[-1].nbytes + sum(one.nbytes for one in operands)
         if each.operation != "fusion":
-            return each.nbytes + sum(one.nbytes for one in operands)
+            workspace = each.results[-1].nbytes if "__cublas" in each.line else 0
+            return each.nbytes - workspace + sum(one.nbytes for one in operands)
         inside, total = self.computations[each.calls[0]], each.nbytes
         for name, one in inside.items():
             if one.operation != "parameter":

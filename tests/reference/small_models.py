@@ -24,7 +24,7 @@ from dex_jax.io.tokenizer import Tokenizer
 from dex_jax.language_model import LanguageModel, Outline
 from dex_jax.nn.exits import exit_parameters
 from dex_jax.nn.transformer import Transformer, build, layer_parameters, parameter_shapes
-from dex_jax.nn.weights import canonical_weights
+from dex_jax.nn.weights import Packing, canonical_weights
 
 LLAMA = ModelConfig(
     family="llama",
@@ -210,3 +210,9 @@ def assert_same_tokens(lm: LanguageModel, output: dex_jax.Output, reference: dex
     wrong = [check for check in checks if not check.is_tie(str(lm.dtype))]
     assert not wrong, wrong
     assert sum(not check.identical for check in checks) <= 1
+
+
+def packed_alike(config: ModelConfig, format: str) -> Packing:
+    """Every kernel of a model in one format."""
+    shapes = parameter_shapes(config).items()
+    return tuple((name, ((format, shape[0]),)) for name, shape in shapes if len(shape) == 2)
