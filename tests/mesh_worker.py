@@ -119,15 +119,7 @@ CASES = named(
     Case("ar", "stage=3", 4, method="ar", batch=4),
     Case("all axes", AXES, 3, batch=4, sampled=True, filters=True),
     Case("drafts, exits mlp", "stage=3", 3, batch=4, drafts="drafter", chosen=True, exits=("mlp", True, 30)),
-    Case(
-        "drafts, six explorers on two devices",
-        "stage=2",
-        7,
-        batch=2,
-        drafts="drafter",
-        exits=("attn", False, 30),
-        explorers=6,
-    ),
+    Case("drafts, six on two devices", "stage=2", 7, batch=2, drafts="drafter", exits=("attn", True, 30), explorers=6),
     Case("four explorers on one device", "stage=1", 5, batch=2, sampled=True, exits=("linear", True, 30), explorers=4),
     # Of one explorer nothing is offered: an array without elements.
     Case("drafts of the text, one explorer", "data=2,stage=1", 1, batch=4, drafts="text"),

@@ -213,6 +213,7 @@ BAD_INPUT = {
     "--player . ": "is a folder",
     "--player x.html --method ar": "--player plays DEX",
     "--player x.html --mesh stage=1": "leave --mesh out",
+    "--player x.html --stop x": "to its end",
     "--method ar --rows 2": "--rows",
     "--method ar --no-draft": "--no-draft",
     "--exits no/such/exits": "no/such/exits",

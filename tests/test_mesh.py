@@ -37,7 +37,7 @@ MADE = {"llama_attention_bias": ["4 x cpu:cpu", [2, 4]], "gemma3": ["3 x cpu:cpu
 """Devices that a checkpoint's tokens were made on, and the depths of its stages."""
 LATTICES = [n for n, case in CASES.items() if case.method == "dex" and "," not in case.mesh and case.explorers != 1]
 """Cases of a lattice on an axis of stages alone, one explorer on each device or several."""
-SEVERAL = "drafts, six explorers on two devices"
+SEVERAL = "drafts, six on two devices"
 QUICK = ("drafts, all axes",)
 """The case whose tests are not slow has all that the others have."""
 

@@ -90,7 +90,12 @@ def test_lattice_draws_every_node_and_commit(trace) -> None:
     colors = {node.rooted: darker(depth_hex(node.born_at, 4)) for node in trace.roots[1:]}
     assert [text.get_color() for text in emitted][:-1] == [*colors.values()]
     assert len(set(colors.values())) > 1
+    feet = {text.xy[0]: (text.get_text(), text.get_color()) for text in words(climb, 0)}
+    begun = [node for node in trace.roots if node.born in feet and node.born > 0]
+    assert all(feet[node.born] == (str(node.token), darker(depth_hex(node.born_at, 4))) for node in begun)
     assert figure._repr_png_().startswith(b"\x89PNG"), "what notebooks show"
+    legend = figure.legends[0].get_window_extent()
+    assert not any(legend.overlaps(text.get_window_extent()) for text in climb.texts)
     part = plot.lattice(trace, ticks=(2, 7)).axes[0]
     assert len(words(part, trace.depths[-1])) == sum(2 < node.rooted <= 7 for node in trace.roots)
 

@@ -80,7 +80,9 @@ def parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="one JSON object a sequence on stdout, and no text")
     add("--color-depth", action="store_true", help="colour each token by the exit that first gave it")
     add(
-        "--player", metavar="FILE.html", help="write a page that plays the decode, traced with 5 explorers unless asked"
+        "--player",
+        metavar="FILE.html",
+        help="write a page that plays the decode; 5 explorers unless you ask for others",
     )
     add("--check", action="store_true", help="decode with plain AR too and compare token by token")
     add("--dry-run", action="store_true", help="print what would be needed of memory, load nothing")
@@ -121,10 +123,8 @@ def check_flags(args: argparse.Namespace) -> None:
         for flag, given in {"--mesh": args.mesh, "--distributed": args.distributed, "--dry-run": args.dry_run}.items():
             if given:
                 raise DexError(f"--player traces on one device that is here: leave {flag} out")
-        if args.method != "dex" or args.num_samples > 1 or len(args.prompt) != 1 or args.prompt_file is not None:
-            raise DexError(
-                "--player plays DEX on one --prompt, sampled once: leave --method, --num-samples and others out"
-            )
+        if args.method != "dex" or args.num_samples > 1 or len(args.prompt) != 1 or args.prompt_file or args.stop:
+            raise DexError("--player plays DEX on one --prompt, sampled once and to its end: leave other flags out")
         if Path(args.player).is_dir():
             raise DexError(f"--player writes a file, and {args.player} is a folder: name a file in it")
     filters = [f"--{name}" for name in ("top-k", "top-p") if getattr(args, name.replace("-", "_")) is not None]

@@ -83,14 +83,18 @@ def _run(args: argparse.Namespace) -> int:
 def _play(
     lm: LanguageModel, prompt: Prompt, method: AR | Dex, args: argparse.Namespace, options: dict[str, Any]
 ) -> None:
-    """Decodes the prompt once more, tick by tick, and writes the page that plays it."""
+    """Decode the prompt once more, tick by tick, and write the page that plays it.
+
+    Where nothing was asked for, one explorer with drafts ran; five without are played, whose picture is richer.
+    """
     from dex_jax.decoding.trace import trace
     from dex_jax.plot import player
 
     with phases():
         notify(f"tracing a decode for {args.player}")
         kept = {name: value for name, value in options.items() if name not in ("num_samples", "stop")}
-        page = player(trace(lm, prompt, method=None if method == Dex() else method, **kept))
+        asked = method != Dex() or args.exits != "default" or args.draft_model is not None
+        page = player(trace(lm, prompt, method=method if asked else None, **kept))
     page.save(args.player)
     print(f"{args.player} plays the decode: open it in a browser", file=sys.stderr)
 

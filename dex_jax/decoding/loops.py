@@ -152,7 +152,7 @@ class DexLoop(MeshLoop):
     def init_stage(self, device: StageNetwork, plan: Plan, begun: Prefilled, capacity: int) -> DexState:
         memory = cache.with_lattice(begun.memory, device.model.config, plan.stages * plan.rows)
         state = _begin(device.network, plan, begun._replace(memory=memory), capacity)
-        return state._replace(hidden=state.hidden[: device.held])
+        return state._replace(hidden=state.hidden[: device.layout.held])
 
     def tick_stage(self, device: StageNetwork, plan: Plan, limits: Limits, sampling: Sampling | None) -> Tick:
         if plan.stages == 1:

@@ -157,7 +157,7 @@ def watch(
         ticks=int(state.record.ticks[sequence]),
         nodes=nodes,
         labels=labels,
-        pieces=tuple(labels[token] + " " * (text is str) for token in tokens),
+        pieces=tuple(f"{token} " if text is str else labels[token] for token in tokens),  # ids are told apart by spaces
     )
 
 

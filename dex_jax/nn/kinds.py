@@ -78,12 +78,8 @@ def kind_table(
     """
     if not places:
         return KindTable(tuple((kind,) for kind in config.kinds))
-    known = [[config.kinds[layer] for layer in row if layer is not None] for row in places]
-    rows = [
-        [row[0] if layer is None else config.kinds[layer] for layer in place]
-        for row, place in zip(known, places, strict=True)
-    ]
-    return KindTable(tuple(map(tuple, rows)), stage_axis)
+    there = [[next(x for x in row if x is not None) if layer is None else layer for layer in row] for row in places]
+    return KindTable(tuple(tuple(config.kinds[layer] for layer in row) for row in there), stage_axis)
 
 
 class MasksAndRotation(NamedTuple):

@@ -1,6 +1,6 @@
 """Meshes that a user may ask for, and the one table from logical axes of arrays to axes of the mesh.
 
-A mesh has three axes. "stage": D devices share the K explorers evenly, each with the layers, caches and hidden states
+A mesh has three axes. "stage": M devices share the K explorers evenly, each with the layers, caches and hidden states
 of its own stages and of no other. "tensor": the heads, the mlp and the vocabulary of a stage are spread over the
 devices of its row. "data": sequences are spread over copies of all that.
 """
@@ -147,8 +147,8 @@ def check_stages(mesh: Mesh, stages: int) -> None:
     """A DexError unless every device of the mesh's stages gets as many of a plan's explorers."""
     if stages % mesh.shape[STAGE]:
         raise DexError(
-            f"the mesh has stage={mesh.shape[STAGE]} and the plan {stages} explorers: every device runs as many, so "
-            "make their number a multiple of it"
+            f"the mesh has stage={mesh.shape[STAGE]} and the plan {stages} explorers: every device runs equally many, "
+            "so ask for a multiple of its stages"
         )
 
 

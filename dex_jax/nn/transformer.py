@@ -22,31 +22,31 @@ from dex_jax.nn.packed import Packed, as_products_read, take_rows
 
 @dataclasses.dataclass(frozen=True)
 class Staged:
-    """On a mesh: l arrays [D, ...] of each kind; the j-th holds layer j of every one of D devices.
+    """On a mesh: l arrays [M, ...] of each kind; the j-th holds layer j of each of the M devices of the stage axis.
 
-    Device d has S = K / D stages, those from d S on. The first axis is split over the mesh's stages, so that a device
-    sees l layers of its own, one array each, as if it had a small model. Where others have a longer stage, a device's
-    own is padded with zero layers, which are skipped.
+    Device m has S = K / M stages, those from m S on. The first axis is split over the devices, each of which sees l
+    layers of its own, one array each, as if it had a small model. A stage that is longer on another device is padded
+    with zero layers, which are skipped.
     """
 
     depths: tuple[int, ...]  # exit depths x_1 < ... < x_K = L
-    held: int = 1  # S, stages that a device holds
+    held: int = 1  # S, stages that a device holds; `load` sets it by the mesh
 
     @property
     def devices(self) -> int:
-        """D."""
+        """M."""
         return len(self.depths) // self.held
 
     @property
     def device_depths(self) -> tuple[int, ...]:
-        """The depths among a device's own l layers at which its S stages end."""
+        """The depths among a device's own l layers at which its S stages end, the last of them l."""
         lengths = [len(stage) for stage in stage_ranges(self.depths)]
         longest = [max(lengths[s :: self.held]) for s in range(self.held)]
         return tuple(itertools.accumulate(longest))
 
     @property
     def places(self) -> list[list[int | None]]:
-        """By each of l places the layer that stands there, 0-based, of every device; None for padding."""
+        """The layer, 0-based, that stands at each of the l places of every device, [l][M]; None for padding."""
         stages, found = stage_ranges(self.depths), []
         for s, own in enumerate(stage_ranges(self.device_depths)):
             for j in range(len(own)):
@@ -75,7 +75,7 @@ class Transformer(nnx.Module):
       config: shapes and constants.
       init: (name, shape, kind) -> array, or a Packed where kind is "kernel", with canonical names ("embed",
         "layers.3.qkv"; "layers.*3.qkv" for the fourth layer of every stage on a mesh).
-      layout: None for L layers, Staged(depths) for l with a leading axis [D].
+      layout: None for L layers, Staged(depths) for l with a leading axis [M].
       tensor_axis: as of DecoderLayer.
       vocabulary_axis: under shard_map, the mesh axis over which embedding and unembedding are split by tokens.
       kinds: of a device's layers on a mesh; None takes them from config.

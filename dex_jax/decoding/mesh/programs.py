@@ -54,9 +54,9 @@ def prefill_chunk(*arguments: Any, plan: Plan) -> tuple[Any, jax.Array]:
         if remembers is not None and arrays is not None:
             exits = remembers.read(device.model, arrays, exits, Chunk(tokens, hidden, start, lengths))
         # Only now is what the last stage has seen known to all.
-        last = from_last_stage(last_states(hidden, last, start, lengths), device.devices)
+        last = from_last_stage(last_states(hidden, last, start, lengths), device.layout.devices)
         if remembers is not None and not remembers.alone:
-            exits = from_last_stage(exits, device.devices)
+            exits = from_last_stage(exits, device.layout.devices)
         return _stacked(memory._replace(exits=exits)), last
 
     weights, heads = weight_specs(arguments[0], plan.mesh), head_specs(arguments[1])
@@ -113,7 +113,7 @@ def mesh_logits(config: ModelConfig, layout: Staged, mesh: Mesh, weights: Any, t
         model = device.model
         memory = cache.allocate(model.config, batch, length, 0, model.dtype)
         hidden, _ = extend_stages(device, memory, tokens, jnp.zeros(batch, jnp.int32))
-        return model.logits(from_last_stage(hidden, device.devices))
+        return model.logits(from_last_stage(hidden, device.layout.devices))
 
     return _mapped(run, plan, (weight_specs(weights, mesh), EVERYWHERE), EVERYWHERE)(weights, tokens)
 

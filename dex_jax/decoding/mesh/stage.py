@@ -61,8 +61,7 @@ class StageNetwork(NamedTuple):
     """The callables of one device."""
 
     model: Transformer  # the layers of this device's stages, unrolled, and embedding, final norm and unembedding
-    devices: int  # that the stages are spread over
-    held: int  # S
+    layout: Staged  # of all stages over the devices
     in_use: InUse  # by layer of `model`, whether this device has it: those that pad shorter stages are skipped
     # `advance` runs these stages, `commit` leaves what exits remember as it is; of its exits only what follows the
     # features is used.
@@ -100,9 +99,9 @@ def stage_network(model: Transformer, plan: Plan, heads: Heads) -> StageNetwork:
             return ()
         features = model.normed(hidden)
         if own is not None:
-            last = is_last(len(layout.depths), layout.held)[..., None]
+            last = is_last(layout)[..., None]
             features = jnp.where(last, features, base_features(own, hidden))
-        return gathered(features, layout.devices)
+        return gathered(features, layout)
 
     def remember(memory: Any, done: Committed, shared: Any) -> Any:
         if remembers is None or remembering is None:
@@ -117,35 +116,36 @@ def stage_network(model: Transformer, plan: Plan, heads: Heads) -> StageNetwork:
     def features(memory: Any, hidden: jax.Array, view: StageView, shared: Any) -> jax.Array:
         if own is None or plan.exits is None:
             return model.normed(hidden)
-        here = own_stages(view, layout.held)
+        here = own_stages(view, layout)
         if not plan.exits.needs_previous:
             return row_features(model, own, hidden, here.token, here.position)
         before = before_nodes(shared, memory.previous, here.parent, view.ring)
-        base = own_part(shared, layout.held)
+        base = own_part(shared, layout)
         return row_features(model, own, hidden, here.token, here.position, before, base, memory.context)
 
-    return StageNetwork(model, layout.devices, layout.held, in_use, network, share, remember, features)
+    return StageNetwork(model, layout, in_use, network, share, remember, features)
 
 
-def own_part(by_stage: jax.Array, held: int) -> jax.Array:
-    """The part [S, ...] of this device, which holds S stages, of an array [K, ...]."""
-    return jax.lax.dynamic_slice_in_dim(by_stage, jax.lax.axis_index(STAGE) * held, held)
+def own_part(by_stage: jax.Array, layout: Staged) -> jax.Array:
+    """Return the part [S, ...] of an array [K, ...] that is of this device's stages."""
+    return jax.lax.dynamic_slice_in_dim(by_stage, jax.lax.axis_index(STAGE) * layout.held, layout.held)
 
 
-def gathered(own: jax.Array, devices: int) -> jax.Array:
-    """The arrays [S, ...] of all devices, one after the other: [K, ...]."""
-    return own if devices == 1 else jax.lax.all_gather(own, STAGE, tiled=True)
+def gathered(own: jax.Array, layout: Staged) -> jax.Array:
+    """Return the arrays [S, ...] of all devices, one after the other: [K, ...]."""
+    return own if layout.devices == 1 else jax.lax.all_gather(own, STAGE, tiled=True)
 
 
-def own_stages(view: StageView, held: int) -> StageView:
-    """The view of a network that has this device's stages alone."""
+def own_stages(view: StageView, layout: Staged) -> StageView:
+    """Return the view of a network that has this device's stages alone."""
     by_stage = ("ring", "token", "position", "live", "ancestors", "parent")
-    return view._replace(**{name: own_part(getattr(view, name), held) for name in by_stage})
+    return view._replace(**{name: own_part(getattr(view, name), layout) for name in by_stage})
 
 
-def is_last(stages: int, held: int) -> jax.Array:
+def is_last(layout: Staged) -> jax.Array:
     """Return which of this device's stages is the last of all: [S, 1, 1] bool."""
-    return own_part(jnp.arange(stages) == stages - 1, held)[:, None, None]
+    stages = len(layout.depths)
+    return own_part(jnp.arange(stages) == stages - 1, layout)[:, None, None]
 
 
 def layers_in_use(layout: Staged) -> InUse:
@@ -172,7 +172,7 @@ def step(
     network, before = device.network, state.memory.exits
     state, view = begin_tick(state, sampling)
     state = advance(device, state, view)
-    finished, last = roots_finished(state), jax.lax.axis_index(STAGE) == device.devices - 1
+    finished, last = roots_finished(state), jax.lax.axis_index(STAGE) == device.layout.devices - 1
     final = final_tokens(network, state, view, finished & last, sampling, drafts)
     shared = device.share(state.hidden)
 
@@ -181,7 +181,7 @@ def step(
 
     root = committed(state, view, jnp.maximum(state.lattice.root, 0)[:, None], finished.astype(jnp.int32))
     own = ask_own_exit(device, state, view, device.remember(before, root, shared), shared, sampling, decs)
-    proposals, final = exchange(own, final, device.devices * device.held, device.held)
+    proposals, final = exchange(own, final, device.layout)
     state, path = commit(network._replace(commit=remembering), state, view, final, limits, drafts)
     state = collapse(state, path)
     heads = heads_of(state, proposals._replace(valid=proposals.valid & proposers(state)))
@@ -196,11 +196,11 @@ def advance(device: StageNetwork, state: DexState, view: StageView) -> DexState:
     """This device's stages run their cohorts, the first of which arrives from the device before."""
     network = device.network
     entering = network.embed(view.token[0], view.position[0]).astype(state.hidden.dtype)[None]
-    if device.devices > 1:
-        arrived = jax.lax.ppermute(state.hidden[-1:], STAGE, [(d, d + 1) for d in range(device.devices - 1)])
+    if device.layout.devices > 1:
+        arrived = jax.lax.ppermute(state.hidden[-1:], STAGE, [(d, d + 1) for d in range(device.layout.devices - 1)])
         entering = jnp.where(jax.lax.axis_index(STAGE) == 0, entering, arrived)
     hidden = jnp.concatenate([entering, state.hidden[:-1]])
-    hidden, memory = network.advance(state.memory, hidden, own_stages(view, device.held))
+    hidden, memory = network.advance(state.memory, hidden, own_stages(view, device.layout))
     return state._replace(hidden=hidden, memory=memory)
 
 
@@ -214,8 +214,8 @@ def ask_own_exit(
     decs: bool,
 ) -> Proposals:
     """Return what these stages' exits propose below their nodes, fields [S, B, W]: nothing on the last stage."""
-    own = own_stages(view, device.held)
-    asking = own.live & ~is_last(device.devices * device.held, device.held)
+    own = own_stages(view, device.layout)
+    asking = own.live & ~is_last(device.layout)
 
     def features() -> jax.Array:
         return device.features(remembered, state.hidden, view, shared)
@@ -227,16 +227,16 @@ def ask_own_exit(
     return ask_exits(device.network.exits, *nodes, state.lattice, sampling, state.noise, decs=decs)
 
 
-def exchange(own: Proposals, token: jax.Array, stages: int, held: int) -> tuple[Proposals, jax.Array]:
+def exchange(own: Proposals, token: jax.Array, layout: Staged) -> tuple[Proposals, jax.Array]:
     """Share what every stage proposes and the last one has chosen with all devices: one gather of [S, B, W, 2] int32.
 
     Of these stages' `own` proposals, fields [S, B, W] and none of them valid on the last stage, and the final layer's
     `token` [B, W] int32, which counts there alone: gives (fields [K - 1, B, W], token [B, W]).
     """
     word = jnp.where(own.valid, own.token, NO_TOKEN)
-    word = jnp.where(is_last(stages, held), token, word)
+    word = jnp.where(is_last(layout), token, word)
     bits = jax.lax.bitcast_convert_type(own.log_probability, jnp.int32)
-    words = gathered(jnp.stack([word, bits], axis=-1), stages // held)
+    words = gathered(jnp.stack([word, bits], axis=-1), layout)
     proposed = words[:-1, ..., 0]
     score = jax.lax.bitcast_convert_type(words[:-1, ..., 1], jnp.float32)
     return Proposals(proposed, score, proposed != NO_TOKEN), words[-1, ..., 0]
@@ -282,7 +282,7 @@ def through_stages(
     leaf, rows, layers = memory.keys[0], x.shape[1], range(len(memory.keys))
     blank = jnp.zeros((*leaf.shape[:2], rows, leaf.shape[3]), leaf.dtype)
     fresh: Any = ((blank,) * len(layers),) * 2
-    for turn in range(device.devices):
+    for turn in range(device.layout.devices):
 
         def run(x: jax.Array, fresh: Any) -> Any:
             def first(width: int) -> Any:
@@ -294,11 +294,11 @@ def through_stages(
 
             return first(rows) if used is None else climb(used, row_counts(counts, rows), first)
 
-        if device.devices == 1:
+        if device.layout.devices == 1:
             return run(x, fresh)
         # Caches are read here and written by who asked: passed through a conditional they would be copied.
         x, fresh = jax.lax.cond(jax.lax.axis_index(STAGE) == turn, run, lambda x, fresh: (x, fresh), x, fresh)
-        if turn < device.devices - 1:
+        if turn < device.layout.devices - 1:
             x = jax.lax.ppermute(x, STAGE, [(turn, turn + 1)])
     return x, fresh
 
@@ -315,7 +315,7 @@ def pipeline(device: StageNetwork, counts: tuple[int, ...]) -> Network:
         about = (view.position[0], among, view.prefix, last_row(view.live[0]), counts)
         x, (keys, values) = through_stages(device, memory, hidden[0], *about)
         memory = memory._replace(lattice_keys=keys, lattice_values=values)
-        return from_last_stage(x, device.devices)[None], memory
+        return from_last_stage(x, device.layout.devices)[None], memory
 
     def commit(memory: Memory, done: Committed) -> Memory:
         shared = device.model.normed(done.hidden)
@@ -330,11 +330,11 @@ def ar_step(device: StageNetwork, state: ARState, limits: Limits, sampling: Samp
     """One token for every sequence that is not done: `ar.step` over the devices, with one gather."""
     hidden, memory = extend_stages(device, state.memory, state.token[:, None], state.prefix)
     token = jax.lax.cond(
-        jax.lax.axis_index(STAGE) == device.devices - 1,
+        jax.lax.axis_index(STAGE) == device.layout.devices - 1,
         lambda: next_token(device.model, hidden[:, 0], state.prefix + 1, sampling),
         lambda: jnp.zeros_like(state.token),
     )
-    if device.devices > 1:
+    if device.layout.devices > 1:
         # A gather takes half the messages of a sum, and of this there is next to nothing to send.
         token = jax.lax.all_gather(token, STAGE)[-1]
     return emitted(state, memory, token, limits)
