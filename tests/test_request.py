@@ -60,7 +60,7 @@ def _is_said(field: dataclasses.Field) -> bool:
 
 def test_the_page_of_options_is_the_fields() -> None:
     """`python -c "from dex_jax.decoding.request import table; print(*table(), sep=chr(10))"` writes it anew."""
-    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     assert "\n".join(table()) in page
 
 
