@@ -1,9 +1,9 @@
-"""Depth-side speedup of DEX with drafts by the number of explorers: counts of ticks, and no times.
+"""The depth-side speedup of DEX with drafts by the number of explorers: it counts ticks and measures no time.
 
     python benchmarks/depth_side.py --data HumanEval.jsonl.gz question_240.jsonl --output results/depth_side
 
-One explorer's tree, pipelined over K devices, takes K ticks for each of its own, so its tokens a tick are that
-pipeline's speedup, and the rival of K explorers with drafts on the same devices. Tokens must be AR's.
+One explorer's tree, pipelined over K devices, takes K ticks for each of its own, so its tokens a tick are the speedup
+of that pipeline, the rival of K explorers with drafts on the same devices. Tokens must be AR's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dex_jax.tables import markdown
 
 
 def run(args: argparse.Namespace) -> int:
-    """Decodes what is missing and writes the page; 1 where tokens are not AR's."""
+    """Decode what is missing and write the page; return 1 where tokens are not AR's."""
     lm = dex_jax.load(args.model, dtype="float32")
     options = {"exits": args.exits, "max_new_tokens": args.max_new_tokens}
     figures = Figures(args.output, machine(args))

@@ -1,10 +1,10 @@
-"""DEX against transformers' greedy tokens, and its ticks against the teacher-forced count, on SmolLM2-135M.
+"""A comparison of DEX with transformers' greedy tokens, and of its ticks with teacher-forced ones, on SmolLM2-135M.
 
     python benchmarks/lossless.py --output results/lossless     # every K; more than an hour on two cores
     python benchmarks/lossless.py --explorers 3 5 --prompts 6   # less
 
 The prompts and transformers' float32 tokens are in tests/goldens/smollm2.json. Exits are "shared", batches of 6. With
-rows that never prune ticks must equal the teacher-forced count; above that number of stages they may only be larger.
+rows that never prune ticks must equal the teacher-forced count; with fewer rows they may only be larger.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from dex_jax.tables import markdown
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "goldens" / "smollm2.json"
 BATCH = 6
 ROWS: dict[int, str | int] = {6: "full", 10: 8, 30: 8}
-"""K -> rows a stage that are not the default's: 32 rows of 30 stages would take hours, and 8 are a cap to see too."""
+"""The rows a stage by K where they are not the default: 32 rows of 30 stages take hours, and 8 show a cap too."""
 
 
 def decoded(lm: Any, explorers: int, new_tokens: int, prompts: list[dict]) -> dict[str, Any]:
-    """One batch: whether tokens are transformers', and ticks beside the teacher-forced count."""
+    """Decode one batch: whether tokens are transformers', and ticks beside the teacher-forced count."""
     method = dex_jax.Dex(explorers=explorers, rows=ROWS.get(explorers), draft=False)
     ids = [each["prompt_ids"] for each in prompts]
     out = dex_jax.generate(lm, ids, method=method, exits="shared", max_new_tokens=new_tokens)
@@ -51,7 +51,7 @@ def holds(run: dict[str, Any]) -> bool:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Decodes what is missing and writes the page; 1 where a promise does not hold."""
+    """Decode what is missing and write the page; return 1 where a promise does not hold."""
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     prompts, new_tokens = golden["prompts"][: args.prompts], golden["max_new_tokens"]
     lm = dex_jax.load(args.model, dtype="float32")

@@ -1,9 +1,9 @@
-"""Memory of a process after many different calls of `generate`, and how many programs they compiled.
+"""The memory of a process after many different calls of `generate`, and the number of programs they compiled.
 
     python benchmarks/many_calls.py --calls 180
 
-Batches of 1 to 4, prompts of 5 to 300 tokens, answers of 1 to 32, five methods, three temperatures, one after the other
-and by chance; SmolLM2-135M with packed weights. Figures are of the system: resident memory now, and the most there was.
+Calls draw batches of 1 to 4, prompts of 5 to 300 tokens, answers of 1 to 32, one of five methods and one of three
+temperatures; the model is SmolLM2-135M. Figures are the system's: resident memory now, and the most there was.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ METHODS = (
 )
 TEMPERATURES = (0.0, 0.0, 0.7, 1.0)
 COMPILING = "/jax/core/compile/backend_compile_duration"
-"""The event of every program that XLA compiles or JAX finds in its cache, small ones of a single operation too."""
+"""The event of every program that XLA compiles or JAX finds in its cache, even those of a single operation."""
 
 
 def resident() -> float:
-    """GB of memory that the process has now."""
+    """Return the GB of memory that the process has now."""
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
 def main() -> None:
-    """Runs and prints a line after some of the calls."""
+    """Run the calls and print a line after some of them."""
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--calls", type=int, default=180, help="(%(default)s)")
     flags.add_argument("--model", default="smollm2-135m", help="(%(default)s)")

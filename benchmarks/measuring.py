@@ -1,4 +1,4 @@
-"""The parts that the benchmarks share: flags, prompts, measures in turns, quartiles, the machine, and kept figures."""
+"""The parts that the benchmarks share: flags, prompts, measures in turns, quartiles, the machine, saved figures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HELP = {
 
 
 def arguments(doc: str, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with --model, --output, and of the flags in HELP those that have a default here."""
+    """Return a parser with --model, --output, and those flags of HELP that have a default here."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="(%(default)s)")
     parser.add_argument("--output", help="keep figures in OUTPUT.json and tables in OUTPUT.md")
@@ -40,13 +40,13 @@ def arguments(doc: str, **defaults: Any) -> argparse.ArgumentParser:
 
 
 def main(run: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser) -> NoReturn:
-    """Runs a benchmark with command-line arguments, and exits."""
+    """Run a benchmark with command-line arguments, and exit."""
     args = parser.parse_args()
     sys.exit(exit_code(lambda: run(args) or 0, "Stopped. The same command goes on from here."))
 
 
 def read_ids(lm: Any, files: Sequence[str], count: int) -> dict[str, list[int]]:
-    """Name of a prompt -> its token ids: `count` prompts evenly spread over each file."""
+    """Return token ids by the name of their prompt: `count` prompts of each file, at even distances."""
     from dex_jax.prompt_files import read_prompts
 
     found: dict[str, list[int]] = {}
@@ -59,9 +59,9 @@ def read_ids(lm: Any, files: Sequence[str], count: int) -> dict[str, list[int]]:
 
 
 def in_turns(measures: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
-    """The median of what each measure gives, all one after the other in every round, so that they see the same machine.
+    """Return the median of each measure; every round takes all of them, so that they see the same machine.
 
-    A first round, which compiles, is thrown away. Every other round goes backwards: nobody always follows the same one.
+    A first round, which compiles, is thrown away. Every other round goes backwards: no measure always follows the same.
     """
     found: dict[str, list[Any]] = {name: [] for name in measures}
     for number in range(-1, rounds):
@@ -73,13 +73,13 @@ def in_turns(measures: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
 
 
 def quartiles(values: Iterable[float], digits: int = 2) -> str:
-    """The median and the quartiles, as "1.52 (1.31 - 1.79)"."""
+    """Format the median and the quartiles as "1.52 (1.31 - 1.79)"."""
     low, middle, high = np.percentile(list(values), [25, 50, 75])
     return f"{middle:.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
 
 
 def machine(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    """Return what figures are made on and with: settings, cores, processor, versions, language of few-row products."""
+    """Return the settings and the machine: device, processor, cores, versions, language of few-row products."""
     import jax
 
     from dex_jax.nn import few_rows
@@ -98,9 +98,9 @@ def machine(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
 
 
 class Figures:
-    """Figures by name in OUTPUT.json, written as they come: a benchmark that was stopped goes on.
+    """The figures by name in OUTPUT.json, written as they come, so that a stopped benchmark goes on.
 
-    `about` holds the settings and the machine. A DexError says where a file that is there holds figures of others.
+    `about` holds the settings and the machine. Raise DexError where the file holds figures of others.
     """
 
     def __init__(self, output: str | None, about: Mapping[str, Any]):
@@ -114,7 +114,7 @@ class Figures:
             self.runs = kept["runs"]
 
     def each(self, wanted: Mapping[str, Any], measure: Callable[[Any], Any]) -> dict[str, Any]:
-        """Name -> figures of what is wanted, measured unless they are there; new ones are said on stderr."""
+        """Return the figures of what is wanted by name, measured unless they are there; print new ones on stderr."""
         for name, given in wanted.items():
             if name not in self.runs:
                 self.runs[name] = measure(given)
@@ -124,7 +124,7 @@ class Figures:
         return {name: self.runs[name] for name in wanted}
 
     def publish(self, *parts: str) -> None:
-        """Prints a page of these parts and writes OUTPUT.md."""
+        """Print a page of these parts and write it to OUTPUT.md."""
         about = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.about.items() if value)
         text = "\n\n".join([*parts, f"{about}."]) + "\n"
         print(text)

@@ -1,9 +1,9 @@
-"""DEX and its rivals on the same prompts with the same exits: layers run one after the other, counts and no times.
+"""A comparison of DEX and its rivals on the same prompts and exits: it counts layers run one after the other, no times.
 
     python -m benchmarks.methods_table --data gsm8k/train.jsonl HumanEval.jsonl.gz question_240.jsonl
 
-The settings of LayerSkip and AdaDecode are chosen on every fifth prompt, of which nothing else is reported. Every
-answer is compared with AR's tokens.
+The settings of LayerSkip and AdaDecode are chosen on every fifth prompt; the others are reported. Every answer is
+compared with AR's tokens.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ SHARES, LENGTHS, THRESHOLDS = (0.1, 0.2, 0.3), (1, 2, 4), (0.2, 0.4, 0.6)
 """LayerSkip's exits (of the layers, moved to where exits stand) and draft lengths, AdaDecode's thresholds."""
 
 TUNING = 5
-"""The number of prompts of which one is for choosing settings."""
+"""One of so many prompts is for choosing settings."""
 
 Runs = Mapping[str, dict[str, Any]]
-"""Prompt -> how many tokens, how many layers, and whether the tokens are AR's."""
+"""The figures by prompt: numbers of tokens and of layers, and whether the tokens are AR's."""
 
 
 class Way(NamedTuple):
-    """One method with one setting."""
+    """A method with one setting."""
 
     name: str  # in the table
     setting: str  # in words; "" for the only one
@@ -43,7 +43,7 @@ class Way(NamedTuple):
 
 
 def ways(depths: Sequence[int], layers: int, explorers: int, batch: int) -> list[Way]:
-    """AR, DEX of several kinds, and all settings of the rivals, for exits that stand at `depths` below `layers`."""
+    """Return AR, DEX of several kinds, and all settings of the rivals, for exits at `depths` below `layers`."""
 
     def dex(k: int, **options: Any) -> Method:
         return dex_jax.Dex(explorers=k, draft=False, **options)
@@ -66,7 +66,7 @@ def ways(depths: Sequence[int], layers: int, explorers: int, batch: int) -> list
 
 
 def answers(lm: Any, args: Any, way: Way, prompts: Mapping[str, list[int]], plain: Runs, figures: Figures) -> Runs:
-    """Runs a way on prompts, those of about one length together, and compares it with what is `plain`, if anything."""
+    """Run a way on prompts, those of similar length together, and compare it with `plain`, AR's runs, unless empty."""
 
     def measure(some: list[str]) -> Runs:
         # Repeats fill the batch: another size would be compiled anew.
@@ -88,13 +88,13 @@ def answers(lm: Any, args: Any, way: Way, prompts: Mapping[str, list[int]], plai
 
 
 def costs(runs: Runs, prompts: Sequence[str]) -> np.ndarray:
-    """Layers a token of each prompt; NaN for an answer of one token, which has no decoding."""
+    """Return the layers a token of each prompt; NaN for an answer of one token, which has no decoding."""
     found = [(runs[prompt]["layers"], runs[prompt]["tokens"] - 1) for prompt in prompts]
     return np.array([layers / more if more else np.nan for layers, more in found])
 
 
 def interval(ratios: np.ndarray) -> str:
-    """The median over prompts, and 95% of the medians of resampled prompts."""
+    """Format the median over prompts, and the 95% interval of the medians of resampled prompts."""
     ratios = ratios[~np.isnan(ratios)]
     drawn = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
     low, high = np.percentile(drawn, [2.5, 97.5])
@@ -102,7 +102,7 @@ def interval(ratios: np.ndarray) -> str:
 
 
 def table(plain: Runs, found: Mapping[str, Runs]) -> str:
-    """A line for each way: AR's layers over its own by the file of the prompt, and the first one's speed over it."""
+    """Format a line for each way: AR's layers over its own by the file of the prompt, and the first way over it."""
     prompts = sorted(next(iter(found.values())))
     kinds = {
         kind: [p for p in prompts if p.split(" ")[0] == kind] for kind in sorted({p.split(" ")[0] for p in prompts})
@@ -116,7 +116,7 @@ def table(plain: Runs, found: Mapping[str, Runs]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code: 1 where tokens are not AR's."""
+    """Run the command and return the exit code, 1 where tokens are not AR's."""
     parser = arguments(__doc__ or "", data=None, prompts=25, max_new_tokens=64, exits="default")
     parser.add_argument("--explorers", type=int, default=5, metavar="K", help="of DEX and AdaDecode (%(default)s)")
     parser.add_argument("--batch", type=int, default=8, metavar="B", help="sequences at a time (%(default)s)")
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: Any) -> int:
-    """Measures and writes, as the flags say; the exit code."""
+    """Measure what is missing and write the page; return the exit code."""
     lm = dex_jax.load(args.model)
     layers, trained = lm.config.num_layers, find_exits(args.exits, lm.fingerprint).exits
     depths = list(range(1, layers)) if trained is None else [depth for depth in trained.config.depths if depth > 0]

@@ -1,4 +1,4 @@
-"""Greedy decoding by other libraries on the CPU: a process of another Python that has them, on the same weights.
+"""The greedy decoding of other libraries on the CPU, in a process of another Python, on the same weights.
 
 The process is this file, `PYTHON benchmarks/outside.py FILE`, and answers each line {"new_tokens": N, "ids": [..]} on
 stdin with a JSON line. A .gguf file is llama.cpp's, best built with CMAKE_ARGS=-DGGML_NATIVE=ON pip install
@@ -18,10 +18,10 @@ from typing import Any
 
 
 class Outside:
-    """A worker process, asked for one `generate` at a time; `versions` are of its libraries.
+    """A worker process that runs one `generate` at a time; `versions` are of its libraries.
 
     Raises:
-      DexError: a Python that cannot run it.
+      DexError: the other Python cannot run it.
     """
 
     def __init__(self, python: str, model: str):
@@ -30,7 +30,7 @@ class Outside:
         self.versions = self._answer()
 
     def run(self, ids: list[int], new_tokens: int) -> Any:
-        """One greedy `generate`: {"tokens", "prefill_seconds", "decode_seconds"}."""
+        """Run one greedy `generate`: {"tokens", "prefill_seconds", "decode_seconds"}."""
         print(json.dumps({"new_tokens": new_tokens, "ids": ids}), file=self.process.stdin, flush=True)
         return self._answer()
 
@@ -46,7 +46,7 @@ class Outside:
 
 
 def llama(file: str, threads: int) -> tuple[dict[str, Any], Callable[[list[int], int], dict[str, Any]]]:
-    """(versions, what answers) of llama.cpp."""
+    """Return (versions, the function that decodes) of llama.cpp."""
     import llama_cpp
     import numpy as np
 
@@ -70,7 +70,7 @@ def llama(file: str, threads: int) -> tuple[dict[str, Any], Callable[[list[int],
 
 
 def transformers(threads: int) -> tuple[dict[str, Any], Callable[[list[int], int], dict[str, Any]]]:
-    """(versions, what answers) of transformers; the first token is timed by a generate of its own."""
+    """Return (versions, the function that decodes) of transformers; a call of its own times the first token."""
     import torch
     import transformers
 

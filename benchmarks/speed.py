@@ -1,4 +1,4 @@
-"""Tokens a second of AR and of the default, on weights that are kept in several ways, and of other libraries.
+"""The tokens a second of AR and of the default on several forms of weights, and of other libraries.
 
     python benchmarks/speed.py --data HumanEval.jsonl.gz question_240.jsonl --weights dense stored \\
         --llama-python PYTHON --output results/packed
@@ -6,7 +6,7 @@
         --transformers-python PYTHON --output results/first_token
 
 All decode the same prompts in turns, of --data or random ones of some --lengths; a first time, which compiles, is not
-counted. Our tokens must be the first AR's, or the program ends with 1. llama.cpp rounds activations: its texts differ.
+counted. Our tokens must be the first AR's, or the exit code is 1. llama.cpp rounds activations: its texts differ.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dex_jax.tables import markdown
 
 
 def measure(models: dict[str, Any], others: dict[str, Outside], ids: list[list[int]], args: argparse.Namespace) -> Any:
-    """One group of prompts: (seconds to the first token, seconds a token) by way, and whether tokens are AR's."""
+    """Measure (seconds to the first token, seconds a token) by way on some prompts, and whether tokens are AR's."""
     tokens: dict[str, Any] = {}
 
     def ours(name: str, kind: str, method: Any) -> tuple[float, float]:
@@ -49,7 +49,7 @@ def measure(models: dict[str, Any], others: dict[str, Outside], ids: list[list[i
 
 
 def table(runs: dict[str, Any], at: int, unit: str) -> str:
-    """A line for each way and size of prompts: seconds to the first token (0) or tokens a second (1)."""
+    """Format a line for each way and size of prompts: seconds to the first token (0) or tokens a second (1)."""
     cells, names = [], list(next(iter(runs.values()))["seconds"])
     bases = [name for name in names if not name.endswith("default")]
     for size in dict.fromkeys(name.split(";")[0] for name in runs):
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures what is missing and writes the page; 1 where tokens are not AR's."""
+    """Measure what is missing and write the page; return 1 where tokens are not AR's."""
     models = {kind: dex_jax.load(args.model, dtype=args.dtype, weights=kind) for kind in args.weights}
     lm = models[args.weights[0]]
     others = {"llama.cpp": Outside(args.llama_python, lm.source)} if args.llama_python else {}

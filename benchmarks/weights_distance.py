@@ -1,9 +1,9 @@
-"""Measure how far weights kept in other ways are from dense ones: KL, best tokens along AR's answers, perplexity.
+"""The distance of other forms of weights from dense ones: KL, best tokens along AR's answers, perplexity.
 
     python benchmarks/weights_distance.py --data HumanEval.jsonl.gz question_240.jsonl --text input.txt \\
         --output results/weights_distance
 
-Answers are AR's on dense weights, and every kind of weights reads prompt and answer in one run. As long as its best
+Answers are AR's on dense weights, and every form of weights runs over prompt and answer once. As long as its best
 token is the answer's, AR on it writes the same text. "stored" weights must be at distance 0 where products are in C++.
 """
 
@@ -25,11 +25,11 @@ from dex_jax.tables import markdown
 
 DENSE, KINDS = "dense", ("stored", "int8")
 SHORTEST = 256
-"""Lengths are padded to this, or to the next power of two, so that few are compiled."""
+"""The shortest length that texts are padded to; powers of two follow, so that few lengths are compiled."""
 
 
 def log_probabilities(lm: Any, ids: Sequence[int], start: int) -> np.ndarray:
-    """Return log probabilities from `start` on, each given what stands before: ids [N] -> [N - start, V] float64."""
+    """Return log probabilities from `start` on, each given the tokens before: ids [N] -> [N - start, V] float64."""
     padded = np.zeros((1, max(SHORTEST, 1 << (len(ids) - 2).bit_length())), np.int32)  # zeros reach nothing before them
     padded[0, : len(ids) - 1] = ids[:-1]
     rows = np.asarray(lm.logits(padded))[0, start - 1 : len(ids) - 1].astype(np.float64)
@@ -38,13 +38,13 @@ def log_probabilities(lm: Any, ids: Sequence[int], start: int) -> np.ndarray:
 
 
 def distance(dense: np.ndarray, other: np.ndarray, answer: Sequence[int]) -> list[float]:
-    """Tokens, nats (KL), best tokens that are the answer's, whether all are, of log probabilities [N, V]."""
+    """Return tokens, nats (KL), best tokens that are the answer's, and whether all are, of log probabilities [N, V]."""
     agree = int((other.argmax(axis=1) == answer).sum())
     return [len(answer), float((np.exp(dense) * (dense - other)).sum()), agree, float(agree == len(answer))]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures what is missing and writes the page; 1 where stored weights are another model than dense ones."""
+    """Measure what is missing and write the page; return 1 where stored weights differ from dense ones."""
     model = functools.cache(lambda kind: dex_jax.load(args.model, dtype="float32", weights=kind))
     figures, text = Figures(args.output, machine(args)), model(DENSE).encode(read_texts(args.text)[0], chat=False)
     options = {"method": dex_jax.AR(), "max_new_tokens": args.max_new_tokens, "exits": "shared"}

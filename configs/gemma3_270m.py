@@ -1,6 +1,6 @@
 """Exits for Gemma 3 270M (docs/howto_own_model.md says where to get it) at depths that serve two to five explorers.
 
-Data and their shares are those of configs/smollm2_135m.py.
+The data and their shares are those of configs/smollm2_135m.py.
 """
 
 import dataclasses

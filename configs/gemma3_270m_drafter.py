@@ -1,7 +1,7 @@
 """A drafter for Gemma 3 270M (docs/howto_own_model.md says where to get it): an exit at depth 0.
 
-Data and their shares are those of configs/smollm2_135m.py. 168 of Gemma's 270 million weights are its vocabulary, which
-a step of training reads twice.
+The data and their shares are those of configs/smollm2_135m.py. 168 of Gemma's 270 million weights are its vocabulary,
+which a step of training reads twice.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 These are the exits that ship with the package. Beside what the model writes itself and Python's standard library they
 learn from prompts of public sets (README, "What ships for SmolLM2-135M"), read by path. Sets that are not there are
-left out, and a line says so: training then goes on without them, and what comes out is another training's.
+left out with a line on stderr, and the exits are then other ones.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ if len(present) < len(PROMPTS):
     missing = ", ".join(sorted(PROMPTS.keys() - present.keys()))
     print(f"training without {missing}: not in {DATA}", file=sys.stderr)
 
-# Most of the learning is done with a small draft vocabulary: the loss over it is what costs most.
+# The first training has a small draft vocabulary, as the loss over the vocabulary costs most.
 first = ExitTraining(
     model="smollm2-135m",
     exits=ExitsConfig(

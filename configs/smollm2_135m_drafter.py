@@ -1,7 +1,7 @@
 """A drafter for SmolLM2-135M: an exit at depth 0, trained on steps of its own outputs.
 
-Data and their shares are those of configs/smollm2_135m.py. Every run goes on from the one before with fresh texts and
-a learning rate that rises and falls once more, the last one on five draft steps instead of three.
+The data and their shares are those of configs/smollm2_135m.py. Every run starts from the exits of the one before, with
+fresh texts and a learning rate that rises and falls once more, the last one with five draft steps instead of three.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Exits for SmolLM2-135M from about ten thousand tokens: a training from its beginning to its end in a few minutes.
 
-They are for seeing how it goes, and better than the model's own head at most depths. Those that ship with the package
-(configs/smollm2_135m.py) have learned from sixty times as many tokens.
+They show how a training goes, and are better than the model's own head at most depths. The exits that ship with the
+package (configs/smollm2_135m.py) have learned from sixty times as many tokens.
 """
 
 from dex_jax.config import ExitsConfig

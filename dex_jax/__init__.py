@@ -1,7 +1,7 @@
 """Depth Exploration Decoding (DEX, arXiv 2606.29223) in JAX: faster decoding, not one token changed.
 
-public.py has its names. They are imported when the first is asked for (PEP 562), as JAX and flax take seconds to import
-and `decode.py --help` has no use for them.
+public.py has the package's names. They are imported when the first is used (PEP 562), as JAX and flax take seconds to
+import and `decode.py --help` has no use for them.
 """
 
 import importlib
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        """A module of this package, or what public.py has."""
+        """Return a module of this package, or what public.py has under the name."""
         if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
             return importlib.import_module(f"{__name__}.{name}")
         return globals().setdefault(name, getattr(importlib.import_module(f"{__name__}.public"), name))

@@ -1,4 +1,4 @@
-"""Frozen descriptions of a model: what a checkpoint's own configuration says, in one vocabulary."""
+"""The frozen configurations of models and their heads, in one vocabulary for all kinds of checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Positive = Annotated[float, Meta(gt=0, le=1e30)]
-"""Neither infinite nor NaN."""
+"""A number above 0, neither infinite nor NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RopeScaling:
       low_freq_factor, high_freq_factor: of "llama3".
       original_context: positions before any stretch.
       fast, slow, truncate: of "yarn".
-      magnitude: what sines and cosines are multiplied with, of "yarn" and "longrope".
+      magnitude: the factor of sines and cosines, in "yarn" and "longrope".
       query_growth: queries at position p are multiplied with 1 + query_growth log(1 + floor(p / original_context)).
       short_factors, long_factors: of "longrope", d' / 2 each: for sequences up to `original_context`, and beyond.
       long: whether "longrope" takes the long ones; see `ModelConfig.at_length`.
@@ -63,7 +63,7 @@ class LayerKind:
     """The properties that differ from layer to layer of one model.
 
     Attributes:
-      window: how many positions a row sees, its own included; None for all.
+      window: number of positions that a row sees, its own included; None for all.
       rope: "main" rotates by the model's rope_theta and rope_scaling, "local" by its local_rope_theta and unscaled,
         "none" not at all.
     """
@@ -74,7 +74,7 @@ class LayerKind:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shapes and constants of one decoder.
+    """The shapes and constants of a model.
 
     Letters follow the rest of the package: D width, H query heads, G key-value heads, d head width, F mlp width,
     V vocabulary, L layers.
@@ -92,22 +92,22 @@ class ModelConfig:
       qkv_bias, out_bias: biases of the attention projections.
       qk_norm: an RMS norm over d of every query and key head, before RoPE (Qwen3).
       eos_ids, bos_id: tokens that end a sequence, and the one that begins it, or None.
-      layer_kinds: what differs from layer to layer, L of them; () for layers that are all LayerKind().
-      local_rope_theta: base of the rotary frequencies of layers whose rope is "local"; None is rope_theta.
-      rotated: how many of the d numbers of a head are rotated, the first ones; None for all.
+      layer_kinds: the kinds of the layers, L of them; () for layers that are all LayerKind().
+      local_rope_theta: base of the rotary frequencies of layers with the rope "local"; None is rope_theta.
+      rotated: number of the d values of a head that are rotated, the first ones; None for all.
       qk_norm_whole: `qk_norm` is over all heads together (OLMo 2).
       norms: whether attention and mlp norm what they read ("before"), what they give ("after"), or "both".
-      norm_offset: what is added to the scale of every norm (Gemma: 1).
+      norm_offset: the number that is added to the scale of every norm (Gemma: 1).
       activation: of the mlp's gate, "silu" or "gelu" (by tanh).
-      embed_scale: what embeddings are multiplied with.
-      residual_scale: what attention and mlp give is multiplied with before it is added.
-      attention_scale: what scores are multiplied with; None is d**-0.5.
+      embed_scale: the factor of embeddings.
+      residual_scale: the factor of the outputs of attention and mlp, before they are added.
+      attention_scale: the factor of scores; None is d**-0.5.
       attention_cap, logit_cap: scores, or logits, become cap tanh(x / cap); None leaves them.
-      logit_divisor: what logits are divided by, before the cap.
+      logit_divisor: the divisor of logits, before the cap.
 
     Raises:
-      DexError: key-value heads that do not divide the heads, heads of a width that cannot be rotated, or kinds of
-        layers that are not as many as the layers.
+      DexError: key-value heads do not divide the heads, heads cannot be rotated, or the number of layer kinds, or
+        RoPE's factors or base, do not fit.
     """
 
     family: str
@@ -161,12 +161,12 @@ class ModelConfig:
 
     @property
     def qkv_width(self) -> int:
-        """Rows of the fused query-key-value projection, (H + 2 G) d."""
+        """Number of rows of the fused query-key-value projection, (H + 2 G) d."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
     @property
     def rotated_dim(self) -> int:
-        """d', how many of the d numbers of a head are rotated."""
+        """Number of the d values of a head that are rotated, d'."""
         return self.head_dim if self.rotated is None else self.rotated
 
     @property
@@ -175,9 +175,9 @@ class ModelConfig:
         return self.layer_kinds or (LayerKind(),) * self.num_layers
 
     def at_length(self, length: int) -> ModelConfig:
-        """The model for sequences of at most `length` tokens: it counts where RoPE has factors for long ones.
+        """Return the model for sequences of at most `length` tokens, as some RoPE scalings have factors for long ones.
 
-        Keys are kept as they were rotated, so that all tokens of a sequence take the factors of its whole length.
+        Cached keys stay as they were rotated, so that all tokens of a sequence take the factors of its whole length.
         """
         scaling = self.rope_scaling
         if scaling is None or scaling.kind != "longrope" or scaling.long == (length > scaling.original_context):
@@ -187,12 +187,12 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EagleConfig:
-    """Shapes and switches of an EAGLE-3 head (arXiv 2503.01840), a drafter that reads what a model's layers say."""
+    """The shapes and switches of an EAGLE-3 head (arXiv 2503.01840), a drafter that reads hidden states of a model."""
 
     layer: ModelConfig  # its one layer, and the vocabulary of the tokens that it reads
-    reads: tuple[int, ...]  # depths of the model, 0..L, whose states it reads side by side
+    reads: tuple[int, ...]  # depths of the model, 0..L, from which it reads states side by side
     state_width: int  # D of the model, of each of them
-    draft_size: int  # V', how many tokens it knows to draft
+    draft_size: int  # V', number of tokens that it knows to draft
     own_embedding: bool = False  # whether it embeds tokens itself, or as the model does
     norm_before_residual: bool = False  # whether its layer adds to the normed features, not to those before the norm
     norm_states: Literal["each", "all"] | None = None  # normed before they are joined, each by itself or all together
@@ -206,7 +206,7 @@ EXIT_KINDS = ("shared", "linear", "mlp", "attn")
 
 @dataclasses.dataclass(frozen=True)
 class ExitsConfig:
-    """Shapes of trained exit heads, X of them, one at each of `depths`.
+    """The shapes of X trained exit heads, one at each of `depths`.
 
     An exit turns the hidden state at its depth into features in the space after the model's final norm, which the
     model's own unembedding (all of it, or the rows of a draft vocabulary) turns into logits.
@@ -221,7 +221,7 @@ class ExitsConfig:
       fused: whether a further map of the previous position's features is added ("attn" reads them in any case).
       hidden: mlp width of "mlp" and "attn".
       heads, head_dim, window: of "attn".
-      draft_size: V', how many tokens the draft vocabulary holds; None is the full vocabulary.
+      draft_size: V', number of tokens of the draft vocabulary; None is the full vocabulary.
       norm_eps: epsilon of the norms.
     """
 
@@ -244,13 +244,13 @@ class ExitsConfig:
 
     @property
     def needs_previous(self) -> bool:
-        """Return whether the features of the position before are an input."""
+        """True if the features of the position before are an input."""
         return self.fused or self.kind == "attn"
 
     @property
     def is_drafter(self) -> bool:
-        """Return whether exit 0 can draft with it: one fused exit at depth 0, without attention.
+        """True if exit 0 can draft with it: one fused exit at depth 0, without attention.
 
-        Attention brings a drafter nothing that could be told from noise.
+        Attention has brought a drafter no measurable gain.
         """
         return self.fused and self.kind != "attn" and self.depths == (0,)

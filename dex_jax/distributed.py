@@ -1,4 +1,4 @@
-"""Many hosts: one process on each, all running the same program over the devices of all of them.
+"""Runs on many hosts: one process on each, all with the same program over the devices of all of them.
 
 Start it on every host with --distributed, or call `join()` before anything else of JAX. JAX finds the other processes
 itself under Slurm, Open MPI, Kubernetes and on Cloud TPUs; elsewhere JAX_COORDINATOR_ADDRESS (host:port of process 0),
@@ -24,17 +24,17 @@ from jax.experimental import multihost_utils
 from dex_jax.errors import DexError
 
 HEARTBEAT_SECONDS = 20
-"""Without a sign of life for so long a process counts as dead, and JAX ends the others too."""
+"""Number of seconds without a sign of life after which a process counts as dead, and JAX ends the others too."""
 
 ROLL_CALL_SECONDS = 5
-"""After a failed exchange the processes that are left say so within this time."""
+"""Number of seconds in which the processes that are left say so, after a failed exchange."""
 
 _NAMES, _LEFT = "dex_jax/names/", "dex_jax/left/"
 _names: list[str] = []
 
 
 def join() -> None:
-    """Joins the other processes of this run.
+    """Join the other processes of this run.
 
     Raises:
       DexError: nothing says where they are, or they do not come.
@@ -72,9 +72,9 @@ def keep_stdout() -> None:
 
 
 def lost_processes() -> list[str]:
-    """Names of the processes that no longer answer, to be called when an exchange between devices has failed.
+    """Return the names of the processes that no longer answer, after a failed exchange between devices.
 
-    Empty where there is only one process. Takes ROLL_CALL_SECONDS.
+    There are none where there is only one process. The call takes ROLL_CALL_SECONDS.
     """
     client: Any = jax_distributed.global_state.client
     if client is None or not _names:
@@ -120,7 +120,7 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays of a mesh as NumPy arrays, whole in every process."""
+    """Return arrays of a mesh as NumPy arrays, whole in every process."""
 
     def one(leaf: Any) -> np.ndarray:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:

@@ -1,4 +1,4 @@
-"""The one exception for input that a person can mend."""
+"""The exception for input that a person can mend."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class DexError(ValueError):
     """
 
     def __init__(self, sentence: str):
-        # What a sentence quotes may hold line breaks, codes that would steer the terminal, or no end of names.
+        # A sentence may quote line breaks, codes that would steer the terminal, or endless names.
         line = " ".join("".join(c if c.isprintable() else " " for c in sentence).split())
         super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST - 204]} ... {line[-200:]}")
 
 
 def whole_number(**fields: Any) -> None:
-    """A DexError that names the first of the fields that is no whole number of at least 1."""
+    """Raise DexError for the first of the fields that is no whole number of at least 1."""
     for name, value in fields.items():
         if not is_whole(value):
             raise DexError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
 def is_whole(value: Any) -> bool:
-    """Return whether it is a whole number of at least 1, of Python or NumPy."""
+    """Return whether a value is a whole number of at least 1, of Python or NumPy."""
     return not isinstance(value, bool) and isinstance(value, numbers.Integral) and int(value) >= 1

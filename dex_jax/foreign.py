@@ -1,4 +1,4 @@
-"""Read what others wrote, files and metadata, through types with bounds; what goes wrong becomes one sentence."""
+"""The reading of files and metadata that others wrote, through types with bounds; errors become one sentence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @contextmanager
 def reading(source: object, advice: str = "get it again") -> Iterator[None]:
-    """While a foreign thing, `source`, is read: all that it raises but Ctrl-C becomes a DexError, with `advice`."""
+    """Turn all that reading a foreign `source` raises, but Ctrl-C, into a DexError with `advice`."""
     try:
         yield
     except DexError as error:
@@ -46,24 +46,24 @@ def reason(error: BaseException) -> str:
 
 
 def typed(value: Any, kind: type[T], source: object, advice: str = "get it again") -> T:
-    """`value`, of dictionaries, lists and scalars, as a `kind`, a msgspec.Struct for one; it passes over unknown keys.
+    """Return `value`, of dictionaries, lists and scalars, as a `kind`, such as a msgspec.Struct; ignore unknown keys.
 
-    A DexError names `source` and the key that is missing, of another type or out of bounds.
+    Raise DexError, which names `source` and the key, where one is missing, of another type or out of bounds.
     """
     with reading(source, advice):
         return msgspec.convert(value, kind)
 
 
 def check_fields(settings: Any) -> None:
-    """Checks each field of a dataclass against its type and bounds; a DexError names the first that will not do."""
+    """Check each field of a dataclass against its type and bounds; raise DexError for the first that will not do."""
     for name, kind in get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
         typed(value, kind, f"{name} = {value!r}", "give another value")
 
 
 def parsed(text: str | bytes, kind: type[T], source: object, advice: str = "get it again") -> T:
-    """JSON as a `kind`, see `typed`; a DexError too if it is no JSON."""
-    # Not by msgspec: Python programs write NaN and Infinity, which may stand where nobody looks.
+    """Parse JSON as a `kind`, see `typed`; raise DexError too if it is no JSON."""
+    # msgspec's parser refuses NaN and Infinity, which Python programs write, perhaps where nobody looks.
     with reading(source, advice):
         try:
             value = json.loads(text)
@@ -73,13 +73,13 @@ def parsed(text: str | bytes, kind: type[T], source: object, advice: str = "get 
 
 
 def refuse(source: object, *reasons: tuple[object, str]) -> None:
-    """A DexError where one of the reasons, (whether it holds, what it says of `source`), holds; the first is told."""
+    """Raise DexError for the first of the reasons, (condition, what it says of `source`), with a true condition."""
     for holds, said in reasons:
         if holds:
             raise DexError(f"{source} {said}.")
 
 
 def local_path(path: str | os.PathLike) -> Path:
-    """A path with ~ and ~user put in; a DexError if there is no such user, or no home directory."""
+    """Expand ~ and ~user in a path; raise DexError if there is no such user, or no home directory."""
     with reading(path, "write the whole path"):
         return Path(path).expanduser()

@@ -11,12 +11,12 @@ from dex_jax.errors import DexError
 
 
 def even_depths(stages: int, num_layers: int) -> tuple[int, ...]:
-    """The even grid of DEX-1/K: x_k = ceil(k L / K)."""
+    """Return the even grid of DEX-1/K: x_k = ceil(k L / K)."""
     return tuple(-(-k * num_layers // stages) for k in range(1, stages + 1))
 
 
 def check_depths(depths: Any, num_layers: int) -> tuple[int, ...]:
-    """Exit depths that a user gave; a DexError unless they are whole numbers x_1 < ... < x_K = L."""
+    """Return exit depths that a user gave; raise DexError unless they are whole numbers x_1 < ... < x_K = L."""
     if isinstance(depths, str) or not isinstance(depths, Sequence) or not all(map(_is_integer, depths)):
         raise DexError(f"depths are whole numbers, such as (6, 12, 30), not {depths!r}")
     depths = tuple(int(x) for x in depths)
@@ -35,9 +35,9 @@ def _is_integer(value: Any) -> bool:
 
 
 def nearest_depths(wanted: tuple[int, ...], trained: tuple[int, ...], source: str) -> tuple[int, ...]:
-    """The nearest trained depth for each wanted one in turn, of two the deeper, and none of them twice; ascending.
+    """Return the nearest trained depth for each wanted one in turn, the deeper of two, and none twice; ascending.
 
-    A DexError for fewer trained than wanted; `source` names the exits.
+    Raise DexError for fewer trained than wanted; `source` names the exits.
     """
     if len(wanted) > len(trained):
         raise DexError(

@@ -1,4 +1,4 @@
-"""The figures of machines from public data sheets, in whose place a caller may put others.
+"""The figures of machines from public data sheets, which a caller may replace by others.
 
 Bandwidths, arithmetic, memory and links are peaks as published; latencies are round assumptions, from one program to
 the next.
@@ -94,14 +94,14 @@ def platform_of(name: str) -> str:
 
 
 NUMBERS = ("flops", "bandwidth", "memory", "kernel", "latency", "link_bandwidth")
-"""Fields of Device and Hardware that a caller may give."""
+"""The fields of Device and Hardware that a caller may give."""
 
 
 def hardware(text: str) -> Hardware:
-    """Hardware from a name, such as "h100", "h100x8" or "v5ex16,link=dcn,memory=15e9".
+    """Return the hardware that a text describes, such as "h100", "h100x8" or "v5ex16,link=dcn,memory=15e9".
 
-    `text` is a key of DEVICES with how many of it; then, each after a comma, link=NAME of LINKS or a number for one of
-    NUMBERS, in bytes, seconds and operations a second. A DexError where it is none of these.
+    It is a key of DEVICES with a count; then, each after a comma, link=NAME of LINKS or a number for one of NUMBERS, in
+    bytes, seconds and operations a second. Raise DexError where it is none of these.
     """
     first, *rest = text.split(",")
     name, _, number = first.partition("x")

@@ -1,4 +1,4 @@
-"""Keeping the process small on the host."""
+"""The memory that the process holds on the host."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import ctypes
 
 
 def return_free_memory() -> None:
-    """Gives freed memory back to the system; glibc keeps it otherwise, 250 MB after compiling a model of 30 layers."""
+    """Give freed memory back to the system; glibc keeps it otherwise, 250 MB after compiling a model of 30 layers."""
     # Other C libraries have no such function, and Windows no such handle.
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Ctrl-C in programs: the terminal as it was and exit code 130, within two seconds, whatever the process is doing.
+"""Ctrl-C in programs, which restores the terminal and exits with code 130 within two seconds, whatever goes on.
 
 Python's own handler waits until the main thread is back from C++, which compiles for half a minute, and then raises
 where nobody expects it: in an import, in a callback, or while compilers still run, which crashes the process. So a
@@ -21,10 +21,10 @@ from dex_jax.errors import DexError
 
 OK, BAD_INPUT = 0, 2
 INTERRUPTED = 130
-"""Exit code of a program that Ctrl-C ended."""
+"""The exit code of a program that Ctrl-C ended."""
 
 GRACE = 1.0
-"""Seconds in which a program that asked for it may end by itself."""
+"""Number of seconds in which a program that requested it may end by itself."""
 
 _stopped = threading.Event()
 _gentle = threading.Event()
@@ -32,17 +32,17 @@ _at_end: list[Callable[[], None]] = []
 
 
 def at_end(function: Callable[[], None]) -> Callable[[], None]:
-    """Calls a function, which must be quick, before Ctrl-C ends the process."""
+    """Register a function, which must be quick, to be called before Ctrl-C ends the process."""
     _at_end.append(function)
     return function
 
 
 @contextlib.contextmanager
 def heeded(sentence: str = "Stopped.") -> Iterator[None]:
-    """Within it Ctrl-C ends the process with exit code 130: at once, or after `gently` what wants to end by itself.
+    """Let Ctrl-C end the process with exit code 130: at once, or within `gently` after GRACE seconds at most.
 
     Files that programs write are whole or not there (io/whole_files.py), so nothing is lost but what was not done. The
-    sentence is for stderr; empty for nothing.
+    sentence goes to stderr, unless it is empty.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -85,7 +85,7 @@ def heeded(sentence: str = "Stopped.") -> Iterator[None]:
 
 @contextlib.contextmanager
 def gently() -> Iterator[Callable[[], bool]]:
-    """Within it Ctrl-C only makes the given function true; who does not end within a second is ended."""
+    """Let Ctrl-C only make the given function true; work that does not end within GRACE seconds is ended."""
     _gentle.set()
     try:
         yield _stopped.is_set
@@ -94,7 +94,7 @@ def gently() -> Iterator[Callable[[], bool]]:
 
 
 def _end(sentence: str) -> None:
-    """Ends the process without asking threads that compile, or Python's own end, which would crash on them."""
+    """End the process without Python's own exit, which would crash on threads that compile."""
     # Whoever holds a stream's lock may be waiting for a reader that is gone.
     timer = threading.Timer(0.3, os._exit, (INTERRUPTED,))
     timer.daemon = True
@@ -112,7 +112,7 @@ def _end(sentence: str) -> None:
 
 
 def exit_code(command: Callable[[], int | None], stopped: str = "Stopped.") -> int:
-    """Runs a program's work and says what ended it early: what `command` returned, 0 for None, is the exit code.
+    """Run a program's work and say what ended it early; return what `command` returned, 0 for None, as the exit code.
 
     It is 2 for bad input, a DexError, for a full disk and for a stdout that is closed, and 0 when nobody reads stdout
     any more. Ctrl-C ends the process with 130, and `stopped` on stderr, if it is not empty.

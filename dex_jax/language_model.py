@@ -42,7 +42,7 @@ from dex_jax.nn.weights import Packing, abstract_weights, canonical_weights, mer
 from dex_jax.progress import notify
 
 LARGE_TENSOR = 2**22
-"""Bytes of a tensor after whose reading freed memory is worth giving back."""
+"""Number of bytes of a tensor from which on freed memory is given back after it has been read."""
 
 WEIGHTS = ("stored", "int8", "dense")
 """The forms that weights may be kept in."""
@@ -51,7 +51,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 
 class Described:
-    """The properties of a model that prompts and reports need, before its weights are there too."""
+    """The properties of a model that prompts and reports need, also before its weights are loaded."""
 
     config: ModelConfig
     tokenizer: Tokenizer | None
@@ -68,12 +68,12 @@ class Described:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Token ids that end a sequence: of the configuration and of the chat template, ascending."""
+        """The token ids that end a sequence, by the configuration and the chat template, ascending."""
         from_template = () if self.tokenizer is None else self.tokenizer.eos_ids
         return tuple(sorted({*self.config.eos_ids, *from_template}))
 
     def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
-        """Token ids of a prompt; see `dex_jax.io.prompts.encode_prompt`."""
+        """Return the token ids of a prompt; see `dex_jax.io.prompts.encode_prompt`."""
         return encode_prompt(prompt, self.tokenizer, self.config.vocab_size, self.source, chat)
 
 
@@ -120,11 +120,11 @@ class LanguageModel(Described):
 
     @property
     def parameter_bytes(self) -> int:
-        """Bytes of all weights."""
+        """Number of bytes of all weights."""
         return sum(leaf.size * bits_of(leaf.dtype) // 8 for leaf in jax.tree.leaves(self.weights))
 
     def save(self, folder: str | Path) -> Path:
-        """Writes a Hugging Face directory with dense weights; see `dex_jax.io.save.save_model`, errors too.
+        """Write a Hugging Face directory with dense weights; see `dex_jax.io.save.save_model`, also for its errors.
 
         Raises:
           DexError: the model lies on a mesh.
@@ -135,7 +135,7 @@ class LanguageModel(Described):
         return save_model(folder, self.config, weights, self.tokenizer)
 
     def logits(self, tokens: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> jax.Array:
-        """Final logits at every position, on one device: tokens [B, T] int32 -> [B, T, V] float32.
+        """Compute the final logits at every position, on one device: tokens [B, T] int32 -> [B, T, V] float32.
 
         Raises:
           DexError: the model lies on a mesh, where `dex_jax.decoding.check.logits_of` gives them.
@@ -167,11 +167,11 @@ class Outline(Described):
 
     @property
     def weights(self) -> Any:
-        """Weights as jax.ShapeDtypeStruct."""
+        """The shapes of the weights as jax.ShapeDtypeStruct."""
         return abstract_weights(self.config, self.dtype, self.packing, self.layout)
 
     def load(self, on_tensor: Callable[[int, int], None] | None = None) -> LanguageModel:
-        """The model, one tensor at a time, on_tensor as in `load`; a DexError for a damaged file or no memory."""
+        """Load the model, one tensor at a time, with `on_tensor` as in `load`; raise DexError like `load`."""
         notify("loading the model")
         read = _reader(self.checkpoint, self.dtype, self.packing, on_tensor)
         try:
@@ -198,7 +198,7 @@ def outline(
     mesh: str | dict[str, int] | Mesh | None = None,
     weights: str | None = None,
 ) -> Outline:
-    """Opens a model without reading its weights; arguments and errors as for `load`."""
+    """Open a model without reading its weights; arguments and errors are those of `load`."""
     chosen, spread = resolve_dtype(dtype), None if mesh is None else make_mesh(mesh)
     checkpoint = open_checkpoint(source)
     stored = {format for parts in checkpoint.formats().values() for format, _ in parts} & FORMATS.keys()
@@ -217,11 +217,11 @@ def packing_of(
     weights: str | None,
     platform: str | None = None,
 ) -> Packing:
-    """Which kernels stay packed, for `weights` as of `load`; a line says which become dense in `dtype`.
+    """Return which kernels stay packed, for `weights` as in `load`; print a line if others become dense in `dtype`.
 
     On one TPU, which `platform` says where that is not the one at hand, blocks lie in planes (nn/planes.py). On a mesh
-    they do not: jax 0.10 takes no arrays of 4 bits that are spread over devices. A DexError for unknown `weights`, or
-    ones that cannot lie so.
+    they do not: jax 0.10 takes no arrays of 4 bits that are split over devices. Raise DexError for unknown `weights`,
+    or ones that the mesh cannot split.
     """
     if weights not in (None, *WEIGHTS):
         raise DexError(f"unknown weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
@@ -256,14 +256,14 @@ def packing_of(
 
 
 def _runs(parts: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
-    """Parts one above the other, neighbours of one format together."""
+    """Join neighbours of one format among parts that lie one above the other."""
     return tuple(
         (format, sum(rows for _, rows in run)) for format, run in itertools.groupby(parts, key=operator.itemgetter(0))
     )
 
 
 def layout_on_mesh(checkpoint: Checkpoint, layout: Staged | None, mesh: Mesh) -> Staged:
-    """The layout given, or the grid that the model's default exits have for so many stages; errors as of `load`."""
+    """Return the given layout, or the grid of the model's default exits for so many stages; errors as in `load`."""
     config = checkpoint.config
     check_model(mesh, config)
     if layout is None:
@@ -283,7 +283,7 @@ def load(
     mesh: str | dict[str, int] | Mesh | None = None,
     weights: str | None = None,
 ) -> LanguageModel:
-    """Loads a model, one tensor at a time.
+    """Load a model, one tensor at a time.
 
     Args:
       source: an alias ("smollm2-135m"), a .gguf file, a Hugging Face directory, or a hub id "owner/name".
@@ -293,10 +293,10 @@ def load(
       mesh: devices to spread the model over: "stage=5", "stage=2,tensor=3", "data=2,stage=2", the same as a dict, or a
         jax Mesh with axes of these names. Each tensor goes to the devices that own it and passes through no other.
         `generate` then runs there: explorers on the devices of their stages, and AR and the prompt from stage to stage.
-      weights: what kernels are kept as. "stored" leaves the blocks of 4 to 8 bits of a .gguf file packed: they stand
-        for exactly the numbers that "dense" makes of them, and on CPUs are multiplied with rows of 16 bits. "int8" is
-        8 bits a weight and a scale for each output, another model than the checkpoint. None is "stored"
-        on CPUs where a C++ compiler is, else "dense".
+      weights: the form that kernels are kept in. "stored" leaves the blocks of 4 to 8 bits of a .gguf file packed:
+        they stand for exactly the numbers that "dense" makes of them, and on CPUs are multiplied with rows of 16 bits.
+        "int8" is 8 bits a weight and a scale for each output, another model than the checkpoint. None is "stored" on
+        CPUs with a C++ compiler and without a tensor axis, else "dense".
 
     Raises:
       DexError: nothing of that name, missing or truncated weights, an architecture or dtype that is not covered, no
@@ -307,7 +307,7 @@ def load(
 
 
 def resolve_dtype(name: str | None) -> jnp.dtype:
-    """The dtype of a name of DTYPES, None is `default_dtype()`; a DexError for another name.
+    """Return the dtype of a name of DTYPES, or `default_dtype()` for None; raise DexError for another name.
 
     On a CPU float16 is float32, and a line says so.
     """
@@ -322,7 +322,7 @@ def resolve_dtype(name: str | None) -> jnp.dtype:
 
 
 def default_dtype() -> jnp.dtype:
-    """float32 on CPUs, which have to widen bfloat16, bfloat16 elsewhere; float16 on old GPUs.
+    """Return float32 on CPUs, which have to widen bfloat16, float16 on old GPUs, and bfloat16 elsewhere.
 
     GPUs below compute capability 8 (a T4, for one) have no bfloat16 units.
     """
@@ -339,7 +339,7 @@ def default_dtype() -> jnp.dtype:
 def _reader(
     checkpoint: Checkpoint, dtype: jnp.dtype, packing: Packing, on_tensor: Callable[[int, int], None] | None
 ) -> Callable[[str], np.ndarray | Packed]:
-    """Reads canonical tensors, packed or not; gives memory back after large ones, and says how far it has come."""
+    """Return a function that reads canonical tensors, packed or not, and frees memory after large ones."""
     sizes, runs = weight_bytes(checkpoint.config, dtype, packing), dict(packing)
     total, done = sum(sizes.values()), 0
 

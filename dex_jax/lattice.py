@@ -1,7 +1,7 @@
 """The lattice of one sequence: a ring of cohorts in fixed-shape arrays, and the pure functions that move it.
 
 Terms as in the paper (Yang, Sun and Xia, "Depth Exploration for LLM Decoding", arXiv 2606.29223): a node is a candidate
-token; the nodes spawned in one tick are a cohort and advance together; the root is the last committed token on its way
+token; the nodes spawned in one tick are a cohort and advance together; the root is the last emitted token on its way
 up. A cohort's nodes are heads (a fresh root, or seeds, which the exits 1..K-1 gave) and the drafts that exit 0 put
 below them. The cohort spawned in tick t lives in ring row t mod K, and in tick t stage k runs the cohort of tick t - k.
 So a node's slot (ring row * W + row) never changes while it lives, and its progress is its age.
@@ -19,17 +19,16 @@ import jax
 import jax.numpy as jnp
 
 NO_NODE = -1
-"""A slot that is no node: the parent of a root, the child that nobody proposed."""
+"""The slot of no node: the parent of a root, or the child that nobody proposed."""
 
 NO_TOKEN = -1
-"""A token that is none: an unused row, an exit that has proposed nothing."""
+"""The token of an unused row, or of an exit that has proposed nothing."""
 
 DRAFTED = 0
-"""`born_at` of a draft: exit 0 stands at depth 0."""
+"""The value of `born_at` for a draft: exit 0 stands at depth 0."""
 
 SCORE_STEP = 2.0**-10
-"""Log-probabilities are rounded to multiples of this, so that sums along a path are exact in float32 and which nodes
-a cap keeps does not depend on the order of a reduction."""
+"""The step of log-probabilities: sums along a path are exact in float32, so no order of reduction changes a choice."""
 
 MIN_LOG_PROBABILITY = -64.0
 
@@ -59,7 +58,7 @@ class Lattice(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """W."""
+        """Number of rows of a cohort, W."""
         return self.token.shape[-1]
 
 
@@ -92,7 +91,7 @@ class Candidates(NamedTuple):
 
 
 class Path(NamedTuple):
-    """The final layer's tokens after the root, and after those of its cohort's nodes that it confirms."""
+    """The final layer's tokens after the root, and after the nodes of its cohort that the final layer confirms."""
 
     slot: jax.Array  # [P] int32, the root first; from `length` on anything
     token: jax.Array  # [P] int32, the final layer's token after each
@@ -102,7 +101,7 @@ class Path(NamedTuple):
 
 
 def default_rows(stages: int) -> int:
-    """Rows a stage when the user does not say: what never prunes, at most 32.
+    """Return the number of rows a stage when the user does not say: what never prunes, at most 32.
 
     With 32, K = 10 took 1.6% more ticks than rows that never prune; with 16, 3.6%.
 
@@ -114,7 +113,7 @@ def default_rows(stages: int) -> int:
 
 
 def full_rows(stages: int) -> int:
-    """The number of rows that never prunes: one cohort never exceeds max(1, 2^(K-2)).
+    """Return the number of rows that never prunes: one cohort never exceeds max(1, 2^(K-2)).
 
     Examples:
       >>> [full_rows(stages) for stages in range(1, 7)]
@@ -124,7 +123,7 @@ def full_rows(stages: int) -> int:
 
 
 def empty(stages: int, rows: int) -> Lattice:
-    """A lattice without any node, for K stages and W rows a stage."""
+    """Return a lattice without any node, for K stages and W rows a stage."""
     grid = (stages, rows)
     return Lattice(
         token=jnp.full(grid, NO_TOKEN, jnp.int32),
@@ -139,13 +138,13 @@ def empty(stages: int, rows: int) -> Lattice:
 
 
 def stage_rows(tick: jax.Array, stages: int) -> jax.Array:
-    """The ring row that each stage runs in `tick`: [K] int32, stage 1 first."""
+    """Return the ring row that each stage runs in `tick`: [K] int32, stage 1 first."""
     return (tick - 1 - jnp.arange(stages, dtype=jnp.int32)) % stages
 
 
 def ring_row(tick: jax.Array, stages: int) -> jax.Array:
-    """The ring row of the cohort that is spawned in `tick`, int32."""
-    # jnp's own % takes ten operations, as it reckons with negative numbers.
+    """Return the ring row of the cohort that is spawned in `tick`, int32."""
+    # jnp's own % takes ten operations, as it handles negative numbers.
     return jnp.zeros_like(tick) if stages == 1 else jax.lax.rem(tick, jnp.int32(stages))
 
 
@@ -156,7 +155,7 @@ def root_finished(lattice: Lattice, tick: jax.Array) -> jax.Array:
 
 
 def follow(lattice: Lattice, final: jax.Array, tick: jax.Array, levels: int) -> Path:
-    """The path of at most P = `levels` nodes that `tick` commits, once the lattice's nodes have run their stages.
+    """Return the path of at most P = `levels` nodes that `tick` commits, once all nodes have run their stages.
 
     `final` [W] int32 is the final layer's token after each live row of the cohort that has run its last stage.
     """
@@ -182,7 +181,7 @@ def follow(lattice: Lattice, final: jax.Array, tick: jax.Array, levels: int) -> 
 
 
 def collapse(lattice: Lattice, path: Path) -> Lattice:
-    """Keeps the subtree under the heir of a committed path; nothing at all if there is none.
+    """Keep the subtree under the heir of a committed path; keep nothing if there is no heir.
 
     The bits of the path's nodes leave every ancestor set, as their positions join the prefix. A path without any node
     leaves the lattice as it is.
@@ -204,7 +203,7 @@ def collapse(lattice: Lattice, path: Path) -> Lattice:
 
 
 def fresh_root(token: jax.Array, position: jax.Array, stages: int) -> Cohort:
-    """A cohort of a root alone, `token` at `position` (int32 scalars)."""
+    """Return a cohort of a root alone, `token` at `position` (int32 scalars)."""
     none = jnp.full(1, NO_NODE, jnp.int32)
     return Cohort(
         token=jnp.full(1, token, jnp.int32),
@@ -218,7 +217,7 @@ def fresh_root(token: jax.Array, position: jax.Array, stages: int) -> Cohort:
 
 
 def seeds(lattice: Lattice, tick: jax.Array, proposals: Proposals) -> Cohort:
-    """A cohort of the W best-scoring proposals of `tick`; the others are pruned.
+    """Return a cohort of the W best-scoring proposals of `tick`; the others are pruned.
 
     Equal scores go to the earlier exit, then to the earlier row.
     """
@@ -242,7 +241,7 @@ def seeds(lattice: Lattice, tick: jax.Array, proposals: Proposals) -> Cohort:
 
 
 def widen(cohort: Cohort, size: int) -> Cohort:
-    """The same cohort with unused rows at its end, `size` in all."""
+    """Return the same cohort with unused rows at its end, `size` in all."""
     more = size - cohort.score.shape[0]
     blanks = (NO_TOKEN, 0, NO_NODE, NO_NODE, 0, -jnp.inf, False)
     pairs = zip(cohort, blanks, strict=True)
@@ -251,7 +250,7 @@ def widen(cohort: Cohort, size: int) -> Cohort:
 
 
 def grow(cohort: Cohort, candidates: Candidates, first: jax.Array, width: jax.Array, most: int) -> Cohort:
-    """Puts the best `width` candidates into the rows from `first` on, ties by the order in which they come.
+    """Put the best `width` candidates into the rows from `first` on, ties by the order in which they come.
 
     Candidates below one row with one token are one candidate, with the better of their scores. Rows up to
     first + `most`, which is at least `width`, must be there and not be used yet; their `born_at` is DRAFTED.
@@ -281,7 +280,7 @@ def grow(cohort: Cohort, candidates: Candidates, first: jax.Array, width: jax.Ar
 
 
 def lengthen(cohort: Cohort, row: jax.Array, token: jax.Array, score: jax.Array, first: jax.Array) -> Cohort:
-    """Puts a chain of M drafts below `row` into the rows from `first` on, which are not used; nothing below NO_NODE.
+    """Put a chain of M drafts below `row` into the unused rows from `first` on; put nothing below NO_NODE.
 
     token [M] int32; score [M] float32 of the paths down to each, -inf where the row is NO_NODE.
     """
@@ -300,18 +299,18 @@ def lengthen(cohort: Cohort, row: jax.Array, token: jax.Array, score: jax.Array,
 
 
 def _put(field: jax.Array, rows: jax.Array, first: jax.Array | int) -> jax.Array:
-    """A cohort's field with `rows` from row `first` on."""
+    """Return a cohort's field with `rows` from row `first` on."""
     return jax.lax.dynamic_update_slice_in_dim(field, rows.astype(field.dtype), first, axis=0)
 
 
 def child_of(cohort: Cohort, row: jax.Array, token: jax.Array) -> jax.Array:
-    """The draft right below `row` that holds `token`, as int32 row, NO_NODE when there is none."""
+    """Return the row of the draft right below `row` that holds `token`, int32, NO_NODE when there is none."""
     here = (cohort.above == row) & (cohort.token == token) & (row != NO_NODE)
     return jnp.where(jnp.any(here), jnp.argmax(here), NO_NODE).astype(jnp.int32)
 
 
 def sort_rows(cohort: Cohort) -> Cohort:
-    """The same cohort with the best-scoring rows first: no row is better than the one above it, which comes before."""
+    """Return the same cohort, best-scoring rows first; no row is better than its parent, which so comes before it."""
     order = jnp.argsort(-cohort.score, stable=True)
     place = jnp.argsort(order, stable=True).astype(jnp.int32)
     moved = jax.tree.map(lambda field: field[order], cohort)
@@ -322,7 +321,7 @@ def sort_rows(cohort: Cohort) -> Cohort:
 
 
 def spawn(lattice: Lattice, tick: jax.Array, cohort: Cohort) -> Lattice:
-    """Puts a cohort's first W rows into the ring row of `tick`, which the collapse of the same tick has emptied.
+    """Put a cohort's first W rows into the ring row of `tick`, which the collapse of the same tick has emptied.
 
     The cohort has its best rows first, so that none comes before the one above it; a head without a parent is a fresh
     root, and stands in row 0.
@@ -351,11 +350,11 @@ def spawn(lattice: Lattice, tick: jax.Array, cohort: Cohort) -> Lattice:
 
 
 def bury(lattice: Lattice, where: jax.Array) -> Lattice:
-    """The lattice without any node, where `where` (bool scalar)."""
+    """Return the lattice, without any node where `where` (bool scalar) is true."""
     return lattice._replace(live=lattice.live & ~where, root=jnp.where(where, NO_NODE, lattice.root))
 
 
 def quantized(log_probability: jax.Array) -> jax.Array:
-    """Log-probabilities clipped to [MIN_LOG_PROBABILITY, 0] and rounded to multiples of SCORE_STEP."""
+    """Clip log-probabilities to [MIN_LOG_PROBABILITY, 0] and round them to multiples of SCORE_STEP."""
     clipped = jnp.clip(log_probability, MIN_LOG_PROBABILITY, 0.0)
     return jnp.round(clipped / SCORE_STEP) * SCORE_STEP

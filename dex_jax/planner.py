@@ -3,8 +3,8 @@
     python -m dex_jax.planner --model llama-2-70b --hardware h100x8
     python -m dex_jax.planner --model smollm2-135m --hardware cpux2,bandwidth=30e9 --ticks 1:8:3:1.9 --ticks 2:16:8:2.4
 
-Nothing is loaded and nothing is run: a formula is evaluated, and nobody has validated it on GPUs or TPUs. Of a machine,
-m is 0.8 of its bandwidth, f is 0.6 of its arithmetic, k what a kernel takes however small, and a message of x bytes
+Nothing is loaded and nothing is run: a formula is evaluated, and nobody has validated it on GPUs or TPUs. In it, m is
+0.8 of a machine's bandwidth, f is 0.6 of its arithmetic, k what a kernel takes however small, and a message of x bytes
 takes e(x) = latency + x / link bandwidth. Numbers have n bytes, the model's weights w. With R rows of each of B
 sequences, split over T devices:
 
@@ -26,8 +26,8 @@ and its messages: 4 gather(B R D n) a layer and gather(4 B R V) a head among T; 
 among K, 2 gather(B R D n) through a pipeline of K stages; in DEX e(B R D n) and gather(K B R (D n + 8)) a tick.
 
 A step of AR brings one token, one of trees as many as were counted, and a tick of K explorers s / K, where s is their
-depth-side speedup. These counts, with rows and drafted levels, are --ticks. What is not in it: devices that share a
-memory, batches that are cut into parts, and grids that are not even.
+depth-side speedup. --ticks gives these counts, with rows and drafted levels. The formula leaves out devices that share
+a memory, batches that are cut into parts, and grids that are not even.
 
 Letters: L layers, D width, H query heads, G key-value heads, d head width, V vocabulary, S positions attended to.
 """
@@ -48,10 +48,10 @@ from dex_jax.interrupts import exit_code
 from dex_jax.tables import markdown
 
 READS, COMPUTES = 0.8, 0.6
-"""Assumption: shares of the published bandwidth and arithmetic that products of a few rows get."""
+"""The assumed shares of the published bandwidth and arithmetic that products of a few rows get."""
 
 KERNELS_A_LAYER, KERNELS_A_HEAD, KERNELS_OF_EXITS, KERNELS_OF_A_TICK = 10, 4, 12, 450
-"""Assumption: kernels of a compiled program. A tick's keep the lattice's books, and look up and grow cohorts."""
+"""The assumed numbers of kernels of a compiled program; a tick's keep the lattice, and look up and grow cohorts."""
 
 DRAFT_VOCABULARY, EXIT, DRAFTER, DRAFTED_ROWS = 16_384, 3, 16, 8
 """The sizes of the exits and the drafter shipped for SmolLM2-135M: columns, and own weights in squares of the width."""
@@ -67,26 +67,26 @@ class Ticks(NamedTuple):
 
 
 PLAIN = Ticks(1, 1, 0, 1.0)
-"""AR's."""
+"""The ticks of AR."""
 
 MEASURED = (
     *(Ticks(1, 4, 2, 1.77), Ticks(1, 8, 3, 1.96), Ticks(1, 16, 8, 2.32)),
     *(Ticks(2, 16, 8, 2.44), Ticks(5, 23, 8, 2.71), Ticks(10, 32, 8, 2.92)),
 )
-"""SmolLM2-135M with the exits and the drafter that ship, on chat that neither was trained on."""
+"""The ticks of SmolLM2-135M with the exits and the drafter that ship, on chat that neither was trained on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """One way of decoding.
+    """The predicted speed and memory of one way of decoding.
 
     Attributes:
       name: for people, such as "AR", "trees" or "DEX, K = 5".
-      stages, tensor: of the mesh.
-      rows: of a stage and sequence.
-      tokens: a step, of each sequence.
-      seconds, messages: of a step, and those of them in which devices exchange data.
-      bytes_per_device: weights and caches on the fullest device.
+      stages, tensor: axes of the mesh.
+      rows: number of rows of a stage and sequence.
+      tokens: number of tokens that a step brings each sequence.
+      seconds, messages: seconds of a step, and those of them in which devices exchange data.
+      bytes_per_device: bytes of weights and caches on the fullest device.
       fits: whether they fit.
     """
 
@@ -107,14 +107,14 @@ class Prediction:
 
     @property
     def where(self) -> str:
-        """For people: how it uses the devices."""
+        """The use of the devices, in words."""
         axes = [f"stage={self.stages}"] * (self.stages > 1) + [f"tensor={self.tensor}"] * (self.tensor > 1)
         return ",".join(axes) or "one device"
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A model of shapes `config` on a machine, a batch B with S positions each; weights have w bytes, None: n."""
+    """A model on a machine, with a batch of B sequences of S positions; weights have w bytes (`weight_bytes`), or n."""
 
     config: ModelConfig
     machine: Hardware
@@ -123,14 +123,14 @@ class Setting:
     weight_bytes: float | None = None
 
     def product(self, numbers: float, rows: float, tensor: int = 1, size: float | None = None) -> float:
-        """Seconds of rows times so many weights, `size` bytes each."""
+        """Return the seconds of a product of rows with so many weights, `size` bytes each."""
         device = self.machine.device
         size = device.itemsize if size is None else size
         reading = numbers * size / (READS * device.bandwidth)
         return max(reading, 2 * numbers * rows * self.batch / (COMPUTES * device.flops)) / tensor
 
     def layer(self, rows: int, tensor: int) -> float:
-        """Seconds of one layer."""
+        """Return the seconds of one layer."""
         c, device = self.config, self.machine.device
         cached = self.batch * self.context * 2 * c.num_kv_heads * c.head_dim * device.itemsize
         scores = 4 * rows * self.batch * self.context * c.num_heads * c.head_dim
@@ -138,29 +138,29 @@ class Setting:
         return self.product(_of_layer(c), rows, tensor, self.weight_bytes) + attention + KERNELS_A_LAYER * device.kernel
 
     def head(self, rows: int, tensor: int) -> float:
-        """Seconds of the final norm, unembedding and choice."""
+        """Return the seconds of the final norm, unembedding and choice."""
         numbers = self.config.vocab_size * self.config.width
         return self.product(numbers, rows, tensor, self.weight_bytes) + KERNELS_A_HEAD * self.machine.device.kernel
 
     def guess(self, rows: int, own: int, size: float) -> float:
-        """Seconds of an exit or of a drafter's level, with `own` squares of the width as weights."""
+        """Return the seconds of an exit or of a drafter's level, with `own` squares of the width as weights."""
         numbers = (min(DRAFT_VOCABULARY, self.config.vocab_size) + own * self.config.width) * self.config.width
         return self.product(numbers, rows, size=size) + KERNELS_OF_EXITS * self.machine.device.kernel
 
     def draft(self, ticks: Ticks) -> float:
-        """Seconds of what exit 0 adds to a tick, bookkeeping included."""
+        """Return the seconds that exit 0 adds to a tick, bookkeeping included."""
         device = self.machine.device
         level = self.guess(min(ticks.rows, DRAFTED_ROWS), DRAFTER, min(2, device.itemsize))
         return KERNELS_OF_A_TICK * device.kernel + ticks.levels * level
 
     def gather(self, size: float, devices: int) -> float:
-        """Seconds until each of so many devices has all `size` bytes, of which each had a share."""
+        """Return the seconds until each of so many devices has all `size` bytes, if each had an equal share."""
         machine = self.machine
         share = (devices - 1) / devices * size / machine.link_bandwidth
         return math.ceil(math.log2(devices)) * machine.latency + share
 
     def through(self, stages: int, tensor: int, ticks: Ticks | None = None) -> Prediction:
-        """AR, or with `ticks` the trees of one explorer, through all layers, which lie on stages x T devices."""
+        """Predict AR, or with `ticks` the trees of one explorer, through all layers, spread over stages x T devices."""
         c, rows = self.config, 1 if ticks is None else ticks.rows
         states = self.batch * rows * c.width * self.machine.device.itemsize
         seconds = c.num_layers * self.layer(rows, tensor) + self.head(rows, tensor)
@@ -173,7 +173,7 @@ class Setting:
         return self._step("trees", stages, tensor, seconds + self.draft(ticks), messages, held, ticks)
 
     def explored(self, stages: int, tensor: int, ticks: Ticks) -> Prediction:
-        """K explorers on stages x T devices, K / stages of them on each."""
+        """Predict K explorers on stages x T devices, K / stages of them on each."""
         c, rows, explorers = self.config, ticks.rows, ticks.explorers
         own, committing = explorers // stages, min(1.0, self.batch * ticks.speedup / explorers)
         states = self.batch * rows * c.width * self.machine.device.itemsize
@@ -190,13 +190,13 @@ class Setting:
         return self.machine.latency + size / self.machine.link_bandwidth
 
     def _split(self, layers: int, rows: int, tensor: int) -> float:
-        """Messages of layers and of a head that are split over T devices."""
+        """Return the seconds of the messages of layers and a head that are split over T devices."""
         numbers = self.batch * rows
         reduced = 4 * self.gather(numbers * self.config.width * self.machine.device.itemsize, tensor)
         return layers * reduced + self.gather(4 * numbers * self.config.vocab_size, tensor)
 
     def _held(self, layers: int, tensor: int, slots: int = 0, drafter: bool = False, exits: int = 0) -> float:
-        """Bytes of so many layers, embedding, unembedding, caches with the lattice's slots, exits and drafter."""
+        """Return the bytes of so many layers, embedding, unembedding, caches with lattice slots, exits and drafter."""
         c, n = self.config, self.machine.device.itemsize
         weights = layers * _of_layer(c) + c.vocab_size * c.width * (1 if c.tied else 2)
         cached = layers * self.batch * (self.context + slots) * 2 * c.num_kv_heads * c.head_dim
@@ -218,11 +218,11 @@ def _of_layer(config: ModelConfig) -> int:
 
 
 def predict(s: Setting, ticks: Sequence[Ticks] = MEASURED) -> list[Prediction]:
-    """AR, trees and explorers, on one device and on all of them; of the trees those that are fastest there.
+    """Predict AR and the fastest trees on one device and on all of them, and explorers on all.
 
     Args:
-      s: what is decoded on what.
-      ticks: what explorers bring. Those whose K neither fits on the devices nor is a multiple of them are left out.
+      s: the model, the machine and the batch.
+      ticks: what explorers bring. A K above L, or above the devices and no multiple of them, is left out.
     """
     layers, count = s.config.num_layers, s.machine.count
     places = dict.fromkeys([(1, 1), (1, _most_splits(s.config, count)), (min(count, layers), 1)])
@@ -243,13 +243,13 @@ def _speed(each: Prediction) -> float:
 
 
 def _most_splits(config: ModelConfig, devices: int) -> int:
-    """T, the most of so many devices that a layer's heads can be split over."""
+    """Return T, the most of so many devices that a layer's heads can be split over."""
     both = math.gcd(config.num_heads, config.num_kv_heads)
     return max(t for t in range(1, min(devices, both) + 1) if both % t == 0)
 
 
 def table(found: Sequence[Prediction]) -> str:
-    """Predictions, the first of which is AR on one device, as markdown, and a sentence that says which is fastest."""
+    """Return predictions, with AR on one device in front, as markdown and a sentence that says which is fastest."""
     rows = [
         [
             each.name,
@@ -285,11 +285,11 @@ SHAPES = {
     "llama-3-8b": ModelConfig("llama", 128256, 32, 4096, 32, 8, 128, 14336, 8192),
     "qwen3-32b": ModelConfig("qwen3", 151936, 64, 5120, 64, 8, 128, 25600, 40960, qk_norm=True),
 }
-"""Shapes to plan for without any weights."""
+"""The shapes of models to plan for without any weights."""
 
 
 def shapes_of(source: str) -> ModelConfig:
-    """The shapes of a model: a name of SHAPES, or whatever `dex_jax.load` takes; a DexError for none of these."""
+    """Return the shapes of a model: a name of SHAPES, or what `dex_jax.load` takes; raise DexError for another."""
     from dex_jax.io.opening import open_checkpoint
 
     if source in SHAPES:
@@ -301,7 +301,7 @@ def shapes_of(source: str) -> ModelConfig:
 
 
 def read_ticks(text: str) -> Ticks:
-    """The kind of --ticks."""
+    """Parse a value of --ticks."""
     try:
         explorers, rows, levels, speedup = text.split(":")
         found = Ticks(int(explorers), int(rows), int(levels), float(speedup))
@@ -313,7 +313,7 @@ def read_ticks(text: str) -> Ticks:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+    """Make the parser of the command's flags."""
     p = argparse.ArgumentParser(
         prog="python -m dex_jax.planner",
         description=__doc__.splitlines()[0],
@@ -333,13 +333,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns the exit code, 2 for bad input."""
+    """Run the command and return the exit code, 2 for bad input."""
     args = parser().parse_args(argv)
     return exit_code(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints what the flags ask. DexError: they do not go together, or name what cannot be read."""
+    """Print what the flags ask for; raise DexError for bad numbers, or names that cannot be read."""
     if min(args.batch, args.context) < 1 or not (args.bits is None or 1 <= args.bits <= 64):
         raise DexError("--batch and --context must be at least 1, --bits 1 to 64")
     machine, config = hardware(args.hardware), shapes_of(args.model)

@@ -1,7 +1,7 @@
-"""Tell what a program is doing, from the code that does it to whoever shows it.
+"""Messages about what a program is doing, from the code that does it to the listener that shows them.
 
-`notify("measuring step costs")` says what goes on from now on. Only who is `listening` hears it: a program with its
-Display, or a caller of the library with a function of its own.
+`notify("measuring step costs")` says what goes on from now on. Only the last that is `listening` hears it: a program
+with its Display, or a caller of the library with a function of its own.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 Notify = Callable[[str], None]
-"""Is told the name of the phase that begins."""
+"""The function that receives the name of a phase that begins."""
 
 _START = time.monotonic()
 _LISTENERS: list[Notify] = []
 
 
 def notify(phase: str) -> None:
-    """Says what goes on from now on, until the next call: "compiling run_ticks", "decoding"."""
+    """Say what goes on from now on, until the next call: "compiling run_ticks", "decoding"."""
     for tell in _LISTENERS[-1:]:
         tell(phase)
 
 
 def say_wait(why: str) -> None:
-    """Says on stderr why something takes long, where nobody listens."""
+    """Say on stderr why something takes long, where nobody listens."""
     if not _LISTENERS:
         print(why, file=sys.stderr)
 
 
 @contextlib.contextmanager
 def listening(tell: Notify) -> Iterator[None]:
-    """Within it `tell` hears of every phase, in whatever thread that begins; nobody else does.
+    """Let `tell` hear of every phase in this block, in whatever thread that begins; nobody else does.
 
     Examples:
       >>> heard = []
@@ -62,12 +62,12 @@ class Standing(NamedTuple):
     logged: bool  # whether it is worth a line of a log
 
     def describe(self) -> str:
-        """One line."""
+        """Describe the progress in one line."""
         return self.what if self.seconds_left is None else f"{self.what}, {duration(self.seconds_left)} left"
 
 
 class Display:
-    """Shows phases, progress and lines of text: live on a terminal, else a line for each; no console is stderr."""
+    """A display of phases, progress and lines of text: live on a terminal, else a line for each; stderr by default."""
 
     def __init__(self, console: Console | None = None):
         if console is None:
@@ -79,7 +79,7 @@ class Display:
         self._phase: str | None = None
 
     def __call__(self, event: str | Standing) -> None:
-        """Shows a line that stays, or how far something has come."""
+        """Show a line that stays, or how far something has come."""
         if isinstance(event, str):
             self.console.print(event, markup=False)
         elif self.console.is_terminal:
@@ -88,7 +88,7 @@ class Display:
             self.console.print(event.describe(), markup=False)
 
     def phase(self, name: str) -> None:
-        """Shows what goes on from now on, with the seconds since the program's start where lines are kept."""
+        """Show what goes on from now on, with the seconds since the program's start where lines are kept."""
         if name == self._phase:
             return
         self._phase = name
@@ -98,12 +98,12 @@ class Display:
             self.console.print(f"[{time.monotonic() - _START:5.1f} s] {name}", markup=False)
 
     def part(self, done: int, total: int) -> None:
-        """Shows how much of the phase is done, on a terminal."""
+        """Show how much of the phase is done, on a terminal."""
         if self.console.is_terminal and self._phase is not None:
             self._draw(self._phase, done / max(total, 1))
 
     def close(self) -> None:
-        """Leaves the bar as it stands, and nothing of a phase."""
+        """Leave the bar as it stands, and nothing of a phase."""
         if self._bars is not None:
             self._bars.live.transient = self._phase is not None
             self._bars.stop()
@@ -123,7 +123,7 @@ class Display:
 
 @contextlib.contextmanager
 def phases() -> Iterator[Display]:
-    """Shows on stderr what goes on within it."""
+    """Show on stderr what goes on within this block."""
     display = Display()
     with contextlib.closing(display), listening(display.phase):
         yield display
@@ -134,7 +134,7 @@ def _bars(console: Console) -> Progress:
     from rich.text import Text
 
     class BarOfAShare(progress.BarColumn):
-        """No bar where nobody knows how far it is."""
+        """A bar that is empty where nobody knows how far it is."""
 
         def render(self, task: progress.Task):
             return super().render(task) if task.total else Text()
@@ -145,7 +145,7 @@ def _bars(console: Console) -> Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """Format seconds for people."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -1,4 +1,4 @@
-"""Reading prompts and texts: from files, Hugging Face data sets and the source of Python's standard library."""
+"""Prompts and texts from files, Hugging Face data sets and the source of Python's standard library."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "
 
 
 def read_prompts(path: str, other: str | None = None) -> list[Prompt]:
-    """Prompts of a file: .jsonl, .json (a list) or .txt (one a line), gzipped or not.
+    """Read the prompts of a file: .jsonl, .json (a list) or .txt (one a line), gzipped or not.
 
-    A file with another name is read as one that ends in `other`; None refuses it. A DexError: no such file, another
-    kind, damaged, or a row without a prompt.
+    A file with another name is read as one that ends in `other`; None refuses it. Raise DexError for a file that is
+    missing, of another kind or damaged, or a row without a prompt.
     """
     with reading(path, "mend it"):
         return _not_empty([prompt_of(row, where) for row, where in read_rows(path, other)], path)
 
 
 def read_texts(path: str) -> list[str]:
-    """Texts of a file: a .txt as a whole, or "text" of each row of .jsonl or .json; errors as for `read_prompts`."""
+    """Read the texts of a file: a .txt as a whole, or "text" of each row of .jsonl or .json, as in `read_prompts`."""
     if _kind(path) == ".txt":
         return _not_empty([text for text in [_read(path)] if text.strip()], path)
     texts = []
@@ -48,14 +48,14 @@ def read_texts(path: str) -> list[str]:
 
 
 def read_dataset(name: str, config: str | None, split: str) -> list[Prompt]:
-    """Prompts of a Hugging Face data set; errors as of `dataset_rows`, or a row has no prompt."""
+    """Read the prompts of a Hugging Face data set; raise DexError as `dataset_rows` does, or for a missing prompt."""
     return _not_empty([prompt_of(row, where) for row, where in dataset_rows(name, config, split)], name)
 
 
 def dataset_rows(name: str, config: str | None, split: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """(row, where it stands, in words) of each row of a Hugging Face data set.
+    """Yield (row, where it stands, in words) for each row of a Hugging Face data set.
 
-    A DexError: the package `datasets` is missing, or it cannot load that.
+    Raise DexError where the package `datasets` is missing, or cannot load the data set.
     """
     try:
         datasets = importlib.import_module("datasets")
@@ -71,7 +71,7 @@ def dataset_rows(name: str, config: str | None, split: str) -> Iterator[tuple[di
 
 
 def parse_dataset(text: str) -> tuple[str, str | None, str]:
-    """NAME[:CONFIG][:SPLIT] -> (name, config, split); "train" if left out; slices, train[:100], are splits too."""
+    """Parse NAME[:CONFIG][:SPLIT] to (name, config, split), "train" if left out; a slice, train[:100], is a split."""
     name, *rest = re.split(r":(?![^\[]*\])", text)
     if not name or len(rest) > 2 or not all(rest):
         raise DexError(f"datasets:{text} is not understood: write datasets:NAME, then :CONFIG or :SPLIT or both")
@@ -81,10 +81,10 @@ def parse_dataset(text: str) -> tuple[str, str | None, str]:
 
 
 def prompt_of(row: Any, where: str) -> Prompt:
-    """The prompt in one row of a data set: text, or messages that end with somebody else's than the assistant's.
+    """Return the prompt in a row of a data set: text, or messages without the assistant's at their end.
 
     A row is text, or a dictionary with "messages", "prompt", "turns" (the first), "instruction" (with "input", or the
-    input of the first of "instances"), "question" (with "choices") or "text"; the first of these that is there. A
+    input of the first of "instances"), "question" (with "choices") or "text"; the first of these that is there. Raise
     DexError, which says `where` the row is, if there is none of them, or nothing in it.
     """
     prompt = row if isinstance(row, str) else _from_keys(row) if isinstance(row, dict) else None
@@ -100,10 +100,10 @@ def prompt_of(row: Any, where: str) -> Prompt:
 
 
 def standard_library_prompts() -> list[str]:
-    """Signature and docstring of functions in the running interpreter's standard library, read and never run.
+    """Return the signatures and docstrings of functions in Python's standard library, which is read and never run.
 
-    What there is depends on the version of Python, the order not on the machine. A DexError where the library has no
-    source.
+    They depend on the version of Python, and their order is the same on all machines. Raise DexError where the library
+    has no source.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     found: dict[str, None] = {}
@@ -128,7 +128,7 @@ def _functions(path: Path) -> Iterator[str]:
         docstring, first = ast.get_docstring(node), node.body[0]
         if docstring is None or len(docstring) <= SHORTEST_DOCSTRING or first.lineno == node.lineno:
             continue
-        # Not textwrap.dedent: lines of a docstring may stand further left than the function.
+        # textwrap.dedent would not do: lines of a docstring may stand further left than the function.
         code = "".join(
             re.sub(rf"^ {{,{node.col_offset}}}", "", line) + "\n" for line in lines[node.lineno - 1 : first.end_lineno]
         )
@@ -178,7 +178,7 @@ def _read(path: str) -> str:
 
 
 def read_rows(path: str, other: str | None = None) -> Iterator[tuple[Any, str]]:
-    """(row, where it stands, in words) of each row of a file as `read_prompts` takes it; errors as there."""
+    """Yield (row, where it stands, in words) for each row of a file that `read_prompts` takes; errors as there."""
     kind, text = _kind(path, other), _read(path)
     if kind == ".json":
         rows = parsed(text, list[Any], path, "make it a list of rows")
@@ -190,8 +190,8 @@ def read_rows(path: str, other: str | None = None) -> Iterator[tuple[Any, str]]:
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:
-    """(number, from 1, and line without the blanks at its ends) of each line with anything in it."""
-    # Not splitlines: JSON strings may hold line separators that end no line of a file.
+    """Return (number from 1, line without the blanks at its ends) of each line with anything in it."""
+    # splitlines would not do: JSON strings may hold line separators that end no line of a file.
     lines = enumerate(map(str.strip, re.split(r"\r\n?|\n", text)), 1)
     return ((number, line) for number, line in lines if line)
 

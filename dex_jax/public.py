@@ -1,4 +1,4 @@
-"""The public names, by plain imports; the package itself gives these names."""
+"""The public names of the package, by plain imports."""
 
 from dex_jax import plot
 from dex_jax.config import ExitsConfig, LayerKind, ModelConfig, RopeScaling

@@ -1,4 +1,4 @@
-"""Choosing tokens: greedy, or by position-keyed noise that every exit and every method shares.
+"""The choice of tokens: greedy, or by position-keyed noise that every exit and every method shares.
 
 The token at absolute position n is argmax(filter(logits / T) + Gumbel(fold_in(key, n))). Because the noise belongs to
 the position and not to the step that draws it, any order of evaluation gives the same tokens under the same key.
@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 DROPPED = -np.inf
-"""Logit of a token that a mask or a filter has removed."""
+"""The logit of a token that a mask or a filter has removed."""
 
 BLOCKS = (512, 256, 128)
-"""Sizes of the blocks of columns that `best_column` looks at first, the first that divides V."""
+"""The sizes of blocks of columns for `best_column`, which takes the first that divides V."""
 
 
 class Sampling(NamedTuple):
@@ -29,7 +29,7 @@ class Sampling(NamedTuple):
       keys: [B] PRNG keys, one a sequence.
       temperature: float32 scalar above 0.
       top_k: int32 scalar, keep the k most likely tokens (and those tied with the k-th); None or V keeps all.
-      top_p: float32 scalar in (0, 1], keep the smallest set of most likely tokens whose probability reaches p (and
+      top_p: float32 scalar in (0, 1], keep the smallest set of most likely tokens with a probability of at least p (and
         those tied with its last), applied after top_k; None or 1 keeps all.
     """
 
@@ -40,17 +40,17 @@ class Sampling(NamedTuple):
 
 
 def sampling_keys(seeds: list[int]) -> jax.Array:
-    """[B] PRNG keys from B seeds, of an implementation that is the same on every backend."""
+    """Return [B] PRNG keys from B seeds, of an implementation that is the same on every backend."""
     return jnp.stack([jax.random.key(seed, impl="threefry2x32") for seed in seeds])
 
 
 def position_noise(key: jax.Array, position: jax.Array, vocab_size: int) -> jax.Array:
-    """Gumbel noise of one absolute position: [V] float32 over the full vocabulary."""
+    """Return the Gumbel noise of one absolute position: [V] float32 over the full vocabulary."""
     return jax.random.gumbel(jax.random.fold_in(key, position), (vocab_size,), jnp.float32)
 
 
 def choose(logits: jax.Array, sampling: Sampling | None, noise: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """The token of each row of logits [N, V] float32, DROPPED where masked, under the noise [N, V] of its position.
+    """Choose a token for each row of logits [N, V] float32, DROPPED where masked, with its position's noise [N, V].
 
     Returns ([N] int32 columns of V, [N] bool whether the row had any token left); greedy ties go to the lowest id.
     """
@@ -61,7 +61,7 @@ def choose(logits: jax.Array, sampling: Sampling | None, noise: jax.Array | None
 
 
 def best_column(x: jax.Array) -> jax.Array:
-    """[N] int32, the first column with the largest value of each row of x, [N, V] float32."""
+    """Return the first column with the largest value of each row of x [N, V] float32: [N] int32."""
     rows, columns = x.shape
     size = next((size for size in BLOCKS if columns % size == 0), columns)
 
@@ -87,7 +87,7 @@ def scores(logits: jax.Array, sampling: Sampling | None, noise: jax.Array | None
 
 
 def log_total(adjusted: jax.Array, rest: jax.Array | None, sampling: Sampling | None) -> jax.Array:
-    """Log of the summed exponentials of every row: [N] float32.
+    """Return the log of the summed exponentials of every row: [N] float32.
 
     `adjusted` [N, V'] float32 are logits as `scores` or the temperature alone has left them, `rest` [N] float32 is the
     logit of all tokens that have no column, which is divided by the temperature here; None where there are none.
@@ -99,12 +99,12 @@ def log_total(adjusted: jax.Array, rest: jax.Array | None, sampling: Sampling | 
 
 
 def filtered(logits: jax.Array, top_k: jax.Array | None, top_p: jax.Array | None) -> jax.Array:
-    """Applies top-k, then top-p: [N, V] float32 with removed tokens at DROPPED.
+    """Apply top-k, then top-p: [N, V] float32 with removed tokens at DROPPED.
 
-    No sort: the cut is the largest threshold that keeps enough, found some bits at a time on the ordered integer image
-    of the float32 logits (a sort of 33 rows x 49,152 costs more than ten decoding steps of a small model on a CPU).
+    It does not sort: the cut is the largest threshold that keeps enough, found some bits at a time on float32 logits as
+    ordered integers (a sort of 33 rows x 49,152 costs more than ten decoding steps of a small model on a CPU).
     """
-    # Asked while running, so that one program serves with and without a filter.
+    # This is decided at run time, so that one program serves with and without a filter.
     if top_k is not None:
         logits = jax.lax.cond(jnp.any(top_k < logits.shape[-1]), _most_likely, lambda x, _: x, logits, top_k)
     if top_p is not None:
@@ -122,11 +122,10 @@ def _probable(logits: jax.Array, enough: jax.Array) -> jax.Array:
 
 
 def _cut(logits: jax.Array, weight: jax.Array, enough: jax.Array) -> jax.Array:
-    """Drops every logit below the largest t for which what is at least t weighs `enough`; nothing if there is none.
+    """Drop every logit below the largest t for which what is at least t weighs `enough`; nothing if there is none.
 
     `weight` is of each logit, or the same for all.
     """
-
     ordered = _ordered_bits(logits)
     weight = jnp.broadcast_to(weight, logits.shape)[:, None]
     # On a CPU a question is a pass over the logits, elsewhere a turn is some launches whatever it asks.
@@ -136,9 +135,9 @@ def _cut(logits: jax.Array, weight: jax.Array, enough: jax.Array) -> jax.Array:
 
 
 def threshold(bits: int, ordered: jax.Array, weight: jax.Array, enough: jax.Array) -> jax.Array:
-    """The largest t of each row for which what is at least t weighs `enough`, found `bits` bits a turn: [N] uint32.
+    """Find the largest t of each row for which what is at least t weighs `enough`, `bits` bits a turn: [N] uint32.
 
-    Of ordered [N, V] uint32 that weigh `weight` [N, 1, V]; `enough` is a scalar or [N]; 0 where even all weigh less.
+    `ordered` [N, V] uint32 weigh `weight` [N, 1, V]; `enough` is a scalar or [N]; the result is 0 where all weigh less.
     """
     enough = jnp.broadcast_to(enough, ordered.shape[:1])[:, None]
 
@@ -152,8 +151,8 @@ def threshold(bits: int, ordered: jax.Array, weight: jax.Array, enough: jax.Arra
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
-    """float32 -> uint32 whose unsigned order is the order of the floats; -0.0 counts as 0.0."""
-    # Not x + 0.0, which XLA simplifies to x.
+    """Map float32 to uint32 of the same order; -0.0 counts as 0.0."""
+    # XLA would simplify x + 0.0 to x.
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x.astype(jnp.float32)), jnp.uint32)
     sign = bits >> 31
     return jnp.where(sign == 1, ~bits, bits | jnp.uint32(0x80000000))

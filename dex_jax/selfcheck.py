@@ -1,4 +1,4 @@
-"""`python -m dex_jax.selfcheck`: does depth exploration hold on this device, and how fast is it here?
+"""`python -m dex_jax.selfcheck`: checks that depth exploration holds on this device, and its speed here.
 
 Prints one block to paste into a report. Exit code 0 when every check holds, 1 when one fails, 2 for bad input.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dex_jax.language_model import LanguageModel
 
 PROMPT, IDS = "Why do cats purr?", [7, 14, 21, 28]
-"""The prompt that is continued, and the token ids instead where a model has no tokenizer."""
+"""The prompt that is continued, and token ids in its place where a model has no tokenizer."""
 
 NEW_TOKENS = 32
 CANARY_ROWS = 32_769
@@ -30,7 +30,7 @@ CANARY_ROWS = 32_769
 
 
 class Finding(NamedTuple):
-    """One check: what was asked, whether it holds, and the particulars."""
+    """The result of one check: its name, whether it holds, and the particulars."""
 
     name: str
     holds: bool
@@ -38,10 +38,10 @@ class Finding(NamedTuple):
 
 
 def selfcheck(lm: LanguageModel) -> tuple[dict[str, str], list[Finding]]:
-    """(facts about this machine and its speed, the checks) of a model, with the exits that a user gets.
+    """Check a model with the exits that a user gets: (facts about the machine and its speed, the findings).
 
-    Several explorers and one, greedy and sampled, have to give AR's tokens and to count their ticks right; that JAX
-    computes what some version of it has miscompiled is a check too.
+    Several explorers and one, greedy and sampled, have to give AR's tokens and to count their ticks right. JAX also has
+    to compute rightly what some version of it has miscompiled.
     """
     from dex_jax.decoding.generate import generate
     from dex_jax.decoding.plan import DEFAULT_EXPLORERS
@@ -94,7 +94,7 @@ def canaries() -> Finding:
 
 
 def same_tokens(lm: LanguageModel, what: str, out: Output, plain: Output, temperature: float) -> Finding:
-    """Check that an output has AR's tokens, up to a parting that is rounding."""
+    """Check that an output has AR's tokens, up to a divergence by rounding."""
     from dex_jax.decoding.check import compare
 
     (check,) = compare(lm, out, plain, temperature)
@@ -106,7 +106,7 @@ def same_tokens(lm: LanguageModel, what: str, out: Output, plain: Output, temper
 
 
 def counted_ticks(what: str, out: Output) -> Finding:
-    """Check that ticks are those that exits tell."""
+    """Check that the number of ticks is the one that the exits of the tokens tell."""
     from dex_jax.decoding.record import ticks_of
 
     ticks, told = _ticks(out), ticks_of(out.stats.exits[0], int(out.lengths[0]), out.stats.plan.stages)
@@ -118,7 +118,7 @@ def _ticks(out: Output) -> int:
 
 
 def report(facts: dict[str, str], findings: list[Finding]) -> str:
-    """The block to paste."""
+    """Return the block to paste."""
     lines = [f"{label}: {value}" for label, value in facts.items()]
     lines += [f"{'ok  ' if holds else 'FAIL'} {name}: {detail}" for name, holds, detail in findings]
     end = "all checks hold" if all(finding.holds for finding in findings) else "FAILED"
@@ -139,7 +139,7 @@ def _facts(lm: LanguageModel) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code: 1 where a check fails, 2 for bad input."""
+    """Run the command and return the exit code: 1 where a check fails, 2 for bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m dex_jax.selfcheck",
         description="Checks depth exploration decoding on this device and times it; takes about two minutes.",

@@ -1,4 +1,4 @@
-"""The one form of tables: markdown, aligned for who reads it as text."""
+"""The form of all tables: markdown, aligned for who reads it as text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in markdown, the first column aligned left and the others right.
+    """Format a table in markdown, the first column aligned left and the others right.
 
     Examples:
       >>> print(markdown(["way", "ms"], [["AR", "23.1"], ["DEX", "9.8"]]))

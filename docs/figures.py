@@ -1,4 +1,4 @@
-"""Draw the figures of README and the documentation: `python docs/figures.py` writes docs/figures/."""
+"""The program that draws the figures of the documentation: `python docs/figures.py` writes docs/figures/."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dex_jax.plot.colors import darker, depth_hex
 FOLDER = Path(__file__).parent / "figures"
 PROMPT = "Why is the sky blue?"
 WIDTH = 1600
-"""Pixels."""
+"""Width of a picture, in pixels."""
 
 INK, FAINT = "#22262e", "#a9b0bb"
 LEGEND: dict[str, Any] = {"ha": "center", "size": 8, "color": INK}
@@ -37,12 +37,12 @@ def main() -> None:
 
 
 def save(figure: Figure, name: str) -> None:
-    """Write a figure so many pixels wide, and without the version of matplotlib in it."""
+    """Write a figure WIDTH pixels wide, and without the version of matplotlib in it."""
     figure.savefig(FOLDER / name, dpi=WIDTH / figure.get_figwidth(), metadata={"Software": None})
 
 
 def blank(width: float, height: float) -> tuple[Figure, Any]:
-    """Return a white Figure in inches and axes without lines whose units are inches too."""
+    """Return a white Figure of so many inches, and invisible axes with inches as their units."""
     figure = Figure(figsize=(width, height), facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
     axes.axis("off")
@@ -55,7 +55,7 @@ def arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], color
 
 
 def draw_tick(trace: dex_jax.Trace) -> Figure:
-    """Draw a tick of K devices, each with candidates: the one of the first 40 whose tokens have the most words."""
+    """Draw a tick of K devices, each with candidates: the one of the first 40 ticks that has the most words."""
     stages, depths = trace.stages, (0, *trace.depths)
 
     def runs(tick: int) -> list[list[dex_jax.TracedNode]]:
@@ -98,7 +98,7 @@ def born_in(trace: dex_jax.Trace, tick: int) -> list[dex_jax.TracedNode]:
 
 
 def shown(trace: dex_jax.Trace, token: int) -> str:
-    """Return a token's text with its line ends and quotes visible."""
+    """Return a token's text without spaces around it and with visible line ends, or a sign for spaces alone."""
     return trace.labels[token].strip(" ").replace("\n", "\\n") or "␣"
 
 
@@ -108,7 +108,7 @@ def rounded_box(x: float, y: float, width: float, height: float) -> Any:
 
 
 def draw_tree(trace: dex_jax.Trace) -> Figure:
-    """Draw a tree of drafts that one tick verifies: the first of which two levels are accepted."""
+    """Draw a tree of drafts that one tick verifies: the first one with two accepted levels."""
     emitted = {node.rooted: node for node in trace.roots}
     tick = next(t for t in emitted if t and emitted[t].position - emitted[t - 1].position > 2)
     alive = [(i, trace.nodes[i]) for i in trace.alive(tick - 1)]

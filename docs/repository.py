@@ -1,8 +1,8 @@
-"""Replace links into the repository, which the site does not hold, by the path, to be found in a clone."""
+"""The mkdocs hook that replaces links into the repository, which the site does not hold, by paths in a clone."""
 
 import re
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """mkdocs calls this with each page."""
+    """Replace the links of one page; mkdocs calls this with each page."""
     return re.sub(r"\[([^\]]*)\]\(\.\./([^)]*)\)", r"\1 (`\2`)", markdown)

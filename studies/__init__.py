@@ -1,1 +1,1 @@
-"""The studies that are run from the repository alone: the rivals of DEX."""
+"""The studies that run from a clone of the repository only: the rivals of DEX."""

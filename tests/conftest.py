@@ -1,4 +1,4 @@
-"""Strict settings for every test, and which tests run when nobody says."""
+"""Strict settings for every test, and the choice of the tests that run by default."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import hypothesis
 import jax
 import pytest
 
-# [B, 1] + [B] is nearly always a mistake in code whose arrays all carry a batch axis.
+# [B, 1] + [B] is nearly always a mistake, as all arrays here carry a batch axis.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("strict", deadline=None, derandomize=True, max_examples=60)
@@ -25,7 +25,7 @@ LEFT_OUT = pytest.StashKey[list[pytest.Item]]()
 
 
 def slow(*values: object) -> object:
-    """Parameters of a slow case, for `pytest.mark.parametrize`."""
+    """Return the parameters of a slow case, for `pytest.mark.parametrize`."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
@@ -34,7 +34,7 @@ LONGEST = (
     "test_own_layers", "test_decode_cli", "test_docs", "test_drafted_models", "test_exit_training", "test_train_cli",
     "test_rivals", "test_trained_exits", "test_default_exits", "test_contributing", "test_distributed",
 )  # fmt: skip
-"""Files that take minutes begin: one of them at the end would leave the other worker with nothing to do."""
+"""The test files that run first, as they take minutes: one of them at the end would leave the other worker idle."""
 
 OWN_MODULES = r"(dex_jax|studies|test_|conftest|reference)"
 
@@ -51,8 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Longest files first; leaves out what needs an environment of its own, unless -m says what to run, and what is
-    slow, unless it is asked for: all of it by --slow, or tests by their names alone."""
+    """Put the longest files first, and leave out optional and slow tests that the command line does not request.
+
+    With -m pytest chooses the tests alone. --slow requests all slow tests, and arguments that all name tests these.
+    """
     order = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     config.stash[LEFT_OUT] = left_out = []
@@ -68,7 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The default model, in float32 whatever the device."""
+    """Return the default model, in float32 on any device."""
     import dex_jax
 
     return dex_jax.load("smollm2-135m", dtype="float32")
@@ -76,7 +78,7 @@ def smollm2():
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Drop what a file has compiled: the next has no use for it, and LLVM aborts a process with too many programs."""
+    """Drop the programs of a test file: the next one does not use them, and LLVM aborts a process with too many."""
     yield
     from dex_jax.decoding.program import forget
 

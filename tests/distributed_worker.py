@@ -24,7 +24,7 @@ def main() -> None:
     assert jax.process_count() == 2
     read: list[tuple[int, int]] = []
     lm = dex_jax.load(sys.argv[1], "float32", mesh="stage=2", on_tensor=lambda *done: read.append(done))
-    # Prompts are those of process 0, whatever the other one has.
+    # The prompts of process 0 count, whatever the other process has.
     method, prompts = dex_jax.Dex(explorers=2, draft=False), PROMPTS if is_first() else [[1], [2]]
     updates = dex_jax.stream(lm, prompts, method=method, ticks_per_update=4, **OPTIONS)
     if "--die" in sys.argv and not is_first():

@@ -1,4 +1,4 @@
-"""A training of exits of a few seconds; as a process of its own, on four devices into the folder given."""
+"""A training of exits of a few seconds; as a program it runs on four devices and writes into the given folder."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ CONFIG = ExitTraining(
     tokens=100,
     evaluation_texts=3,
     evaluation_tokens=8,
-    # A large epsilon: otherwise Adam makes of a gradient that is all rounding as large a step as of any other.
+    # Epsilon is large, as Adam would otherwise take a full step along a gradient of rounding errors alone.
     train=TrainConfig(**EVERY, epsilon=1e-3, steps=6, batch=4, learning_rate=0.01, warmup_steps=1),
 )
 
 
 def base_model() -> LanguageModel:
-    """A model without chat template, whose texts begin with token 1 and end with token 0."""
+    """Return a model without a chat template; its texts begin with token 1 and end with token 0."""
     return small_model(dataclasses.replace(LLAMA, num_layers=3, bos_id=1, eos_ids=(0,)))
 
 

@@ -1,4 +1,4 @@
-"""Decodes on meshes of forced host devices, as a process of its own: one result a case, for tests/test_mesh.py.
+"""A program that decodes on meshes of forced host devices and writes one result per case, for tests/test_mesh.py.
 
 python mesh_worker.py FOLDER NAME ...     (XLA_FLAGS=--xla_force_host_platform_device_count=8)
 """
@@ -44,8 +44,8 @@ CHOSEN = dataclasses.replace(TREE, rungs=(1, 3))
 SEED = 11
 AXES = "data=2,stage=2,tensor=2"
 
-# Biases, norms of heads, tied and untied embeddings, 9 and 3 heads, windows that differ from stage to stage: their
-# meshes, and methods where tokens are made. The default chooses its rows.
+# The families have biases, norms of heads, tied and untied embeddings, 9 and 3 heads, and windows that differ by stage.
+# Each has a mesh, and a method if tokens are generated. The ticks of `Dex(explorers=2)` choose their rows.
 CHECKPOINTS = {
     "llama_attention_bias": ("stage=2,tensor=2", Dex(explorers=2)),
     "qwen3": ("stage=3,tensor=2", None),
@@ -56,10 +56,10 @@ CHECKPOINTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One decoding on a mesh, and on one device."""
+    """One decoding that runs on a mesh and on one device."""
 
-    name: str  # of the result
-    mesh: str  # as for make_mesh
+    name: str  # the name of its result
+    mesh: str  # as `make_mesh` takes it
     layers: int
     method: str = "dex"  # or "ar"
     sampled: bool = False
@@ -69,22 +69,22 @@ class Case:
     head_dim: int = LLAMA.head_dim
     drafts: str | None = None  # "text", "drafter" or "model"
     chosen: bool = False  # whether ticks choose their rows and drafted levels
-    explorers: int | None = None  # K, where it is not one a stage
+    explorers: int | None = None  # K; None is one explorer per stage of the mesh
 
     @property
     def config(self) -> ModelConfig:
-        """Return the configuration of the model."""
+        """Configuration of the model."""
         return dataclasses.replace(LLAMA, num_layers=self.layers, head_dim=self.head_dim)
 
     @property
     def plan(self) -> Plan:
-        """Return the plan of DEX, by default with one explorer a stage; its depths are those of the mesh for AR too."""
+        """Plan of DEX, by default with one explorer per stage; the mesh of an AR case takes its depths from it too."""
         draft = False if self.drafts is None else CHOSEN if self.chosen else TREE
         return plan_for(Dex(explorers=self.explorers or parse_mesh(self.mesh)["stage"], draft=draft), self.layers)
 
     @property
     def layout(self) -> Staged:
-        """Return the layout of the mesh."""
+        """Layout of the layers on the mesh."""
         devices, depths = parse_mesh(self.mesh)["stage"], self.plan.depths
         return (
             Staged(even_depths(devices, self.layers)) if self.explorers == 1 else Staged(depths, len(depths) // devices)
@@ -92,12 +92,12 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """New tokens: drafts take some text to be right."""
+        """Number of new tokens, which is larger with drafts, as these need some text to be right."""
         return TOKENS if self.drafts is None else 3 * TOKENS
 
     @property
     def trained(self) -> TrainedExits | None:
-        """Random exits of the kind."""
+        """Random exits of the kind that `exits` names, or None."""
         if self.exits is None:
             return None
         kind, fused, draft = self.exits
@@ -105,7 +105,7 @@ class Case:
 
     @property
     def request(self) -> Request:
-        """Return the request of the batch."""
+        """Request of the batch."""
         filters = {"top_k": 20, "top_p": 0.95} if self.filters else {}
         return Request(max_new_tokens=self.tokens, temperature=0.9 if self.sampled else 0.0, seed=SEED, **filters)
 
@@ -121,7 +121,7 @@ CASES = named(
     Case("drafts, exits mlp", "stage=3", 3, batch=4, drafts="drafter", chosen=True, exits=("mlp", True, 30)),
     Case("drafts, six on two devices", "stage=2", 7, batch=2, drafts="drafter", exits=("attn", True, 30), explorers=6),
     Case("four explorers on one device", "stage=1", 5, batch=2, sampled=True, exits=("linear", True, 30), explorers=4),
-    # Of one explorer nothing is offered: an array without elements.
+    # The exits of one explorer offer nothing: an array without elements.
     Case("drafts of the text, one explorer", "data=2,stage=1", 1, batch=4, drafts="text"),
     Case("a pipeline of trees", "stage=2", 3, batch=2, drafts="drafter", chosen=True, explorers=1),
     Case("a model drafts on all axes", AXES, 2, sampled=True, batch=4, drafts="model", explorers=1),
@@ -140,7 +140,7 @@ def main() -> None:
         try:
             result = result_of(name, folder)
         except Exception as error:
-            # The others are worth knowing too; the test fails on this one.
+            # The other cases run all the same; the test of this one fails.
             traceback.print_exc()
             result = {"failed": f"{type(error).__name__}: {error}"}
         (folder / f"{name}.json").write_text(json.dumps(result))
@@ -153,7 +153,7 @@ def result_of(name: str, folder: Path) -> dict[str, Any]:
 
 
 def checkpoint(family: str, folder: Path) -> dict[str, Any]:
-    """A checkpoint read straight onto a mesh, and by one device: how far their logits are apart, relatively."""
+    """Load a checkpoint onto a mesh and onto one device, and return the relative error of logits, and new tokens."""
     mesh, method = CHECKPOINTS[family]
     directory = write_checkpoint(folder / family, family)
     progress: list[tuple[int, int]] = []
@@ -176,10 +176,10 @@ def checkpoint(family: str, folder: Path) -> dict[str, Any]:
 
 
 def packed(folder: Path) -> dict[str, Any]:
-    """Packed weights on meshes, and on one device.
+    """Run packed weights on meshes and on one device, and return figures of both.
 
-    Blocks of a GGUF file on uneven stages: what devices hold, and tokens beside dense ones. 8 bits on a tensor axis:
-    shapes of a device's part of two kernels, and tokens and logits of both.
+    For blocks of a GGUF file on uneven stages these are the layers of each device, and tokens beside dense ones. For 8
+    bits on a tensor axis they are the shapes of a device's part of two kernels, the tokens, and the logits' error.
     """
     path = str(write_gguf(folder / "packed.gguf", "llama2", "Q4_1", kinds={"attn_v": "Q8_0"}))
     one = dex_jax.load(path, "float32", weights="dense")
@@ -220,16 +220,16 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def decode(lm: LanguageModel, case: Case, folder: Path | None) -> list[dict[str, Any]]:
-    """Tokens, exits and ticks of each sequence; the optimised HLO of the programs goes to the folder."""
+    """Return tokens, exits and ticks of each sequence, and write the optimised HLO of the programs into `folder`."""
     plan = plan_for(AR(), case.layers) if case.method == "ar" else case.plan
     drafter: Any = random_drafter() if case.drafts == "drafter" else None
     if case.drafts == "model":
-        drafter = draft_model(lm, small_model(case.config))  # the same, which is always right
+        drafter = draft_model(lm, small_model(case.config))  # the model itself, which is always right
     exits = None if case.trained is None else case.trained.config
     plan = dataclasses.replace(plan, exits=exits, heads=GivenHeads(case.trained, drafter))
     session = Session(lm, ragged_prompts()[: case.batch], plan, case.request)
     session.prefill()
-    # In two calls, so that the state also goes back in.
+    # Two calls, so that the state of the first goes into the second.
     session.advance(3)
     record = session.advance(1000)
     if folder is not None:
@@ -249,7 +249,7 @@ def decode(lm: LanguageModel, case: Case, folder: Path | None) -> list[dict[str,
 
 
 def spoil_padding(model: Transformer) -> None:
-    """Makes NaNs of the layers that pad shorter stages: they are skipped, and never read."""
+    """Set the layers that pad shorter stages to NaN: they are skipped, and must never be read."""
     assert isinstance(model.layout, Staged)
     for number, place in enumerate(model.layout.places):
         spoilt = np.array([layer is None for layer in place])
@@ -264,7 +264,7 @@ def spoil_padding(model: Transformer) -> None:
 
 
 def assert_own_stage(staged: Any, mesh: Mesh) -> None:
-    """Every device holds of each array the part of its stages, and of no other."""
+    """Assert that every device holds the part of each array that belongs to its stages, and no other."""
     here = {device: at[1] for at, device in np.ndenumerate(mesh.devices)}
     for leaf in jax.tree.leaves(staged):
         for shard in leaf.addressable_shards:

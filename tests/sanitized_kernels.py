@@ -1,10 +1,10 @@
-"""Runs the C++ kernels, compiled with sanitizers, on ragged and empty shapes and on operands that do not fit.
+"""Run the C++ kernels, compiled with sanitizers, on ragged and empty shapes and on operands that do not fit.
 
     LD_PRELOAD=libasan.so:libstdc++.so ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
         python tests/sanitized_kernels.py LIBRARY ...
 
-Each LIBRARY is what `few_rows.library(part, FLAGS)` has made of one of PARTS in another process: the compiler, too,
-would be watched in this one.
+Each LIBRARY is the file that `few_rows.library(part, FLAGS)` built from one of PARTS in another process: in this one
+the sanitizers would watch the compiler, too.
 A sanitizer that finds something ends the process; results that differ from NumPy's do, too.
 """
 
@@ -30,7 +30,7 @@ FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1
 
 
 def call(target: str, shape: tuple[int, ...], *operands: np.ndarray, **attributes) -> np.ndarray:
-    # Every operand is an allocation of its own, which the sanitizer knows the end of.
+    # Every operand is an allocation of its own, so that the sanitizer knows where it ends.
     own = [jnp.array(operand) for operand in operands]
     return np.asarray(jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(shape, jnp.float32))(*own, **attributes))
 
@@ -140,7 +140,7 @@ def writes(random: np.random.Generator) -> None:
         write = jax.ffi.ffi_call(few_rows.WRITE, shapes, input_output_aliases={4: 0, 5: 1})
         found = write(start, row, *(jnp.array(each) for each in apart), *own, **attributes)
         np.testing.assert_array_equal(np.stack(found), caches)
-    # One that passes the end of a ring of 8 goes on where that begins.
+    # A write that passes the end of a ring of 8 goes on at its beginning.
     own = [jnp.zeros((1, 1, 16, 1)) for _ in range(2)]
     operands = [jnp.array([7]), jnp.arange(3)[None], *jnp.arange(1.0, 4).reshape(1, 1, 1, 1, 3, 1).repeat(2, 0)]
     write = jax.ffi.ffi_call(few_rows.WRITE, own, input_output_aliases={4: 0, 5: 1})

@@ -1,4 +1,4 @@
-"""Texts to learn from: what a model makes of items, files of them, and rows that hold several."""
+"""Training texts: the answers that a model gives to items, files of these, and rows that hold several."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_what_is_there_is_used_again_and_what_is_others_is_refused(tmp_path, mon
     assert told[-1] == 30
     assert 30 <= sum(len(text.token) for text in texts) < 30 + 4 * 6
     assert [text.token[0] for text in texts] == [1 + number for number in range(len(texts))]
-    monkeypatch.setattr(answers, "write_texts", None)  # it would be called in vain
+    monkeypatch.setattr(answers, "write_texts", None)  # nothing may be written again
     again = folder_of(tmp_path).at_least(30)
     assert [text.token.tolist() for text in again] == [text.token.tolist() for text in texts]
     with pytest.raises(DexError, match=r"another model or other data \(another seed\)"):

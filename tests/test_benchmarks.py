@@ -1,4 +1,4 @@
-"""The benchmarks: each runs or judges made-up figures, and figures that are kept are not measured again."""
+"""The benchmarks: each runs or judges made-up figures, and figures that are saved are not measured again."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_lossless_holds(change, holds):
 
 
 def test_weights_distance_counts():
-    """In nats, as by hand: log 2 for a coin that the other weights know nothing of."""
+    """The distance is in nats, as by hand: log 2 for a token that dense weights are sure of and others half sure."""
     dense = np.log([[0.5, 0.5 - 1e-9, 1e-9], [1 - 2e-9, 1e-9, 1e-9]])
     other = np.log([[0.25, 0.75 - 1e-9, 1e-9], [0.5, 0.25, 0.25]])
     nats = 0.5 * np.log(2) + 0.5 * np.log(2 / 3) + np.log(2)

@@ -1,4 +1,4 @@
-"""The method that runs where none was asked for, and how ticks choose their rows: promises, and costs learnt."""
+"""The method that runs if none was requested, and the rows that ticks choose, from promises and learnt costs."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_ticks_choose_unless_rows_or_a_tree_are_given() -> None:
 
 
 def known(**changes) -> pace.Pace:
-    """The pace of one sequence before any tick."""
+    """Return the pace of one sequence before any tick, with some fields changed."""
     return pace.begin(1, COUNTS)._replace(**{name: jnp.asarray(value) for name, value in changes.items()})
 
 
@@ -111,7 +111,7 @@ def test_promises_that_are_not_kept_end_drafts_and_are_made_again_after_a_while(
         worth = bool(pace.is_worth_a_level(about, going, below))
         asked.append(worth)
         drafted = jnp.asarray([0.9 * worth])
-        # A token a tick, as none of the drafts is right.
+        # Each tick emits one token, as none of the drafts is right.
         about = pace.after(
             about, about.length + 1, jnp.ones(1), jnp.int32(0), 1 + drafted, jnp.int32(worth), below * worth, drafted
         )
@@ -149,7 +149,7 @@ def test_costs_that_load_spoilt_mend_themselves() -> None:
 
 @pytest.fixture
 def file(monkeypatch, tmp_path):
-    """A file of costs, and a process that knows nothing."""
+    """Return the path of a file of costs, which does not exist, for a process that has learnt none."""
     monkeypatch.setenv("DEX_JAX_TICK_COSTS", str(tmp_path / "tick_costs.json"))
     monkeypatch.setattr(costs, "_LEARNT", {})
     return tmp_path / "tick_costs.json"

@@ -1,7 +1,7 @@
-"""The programs of decoding compile for GPUs and TPUs on a machine that has none, and are read as XLA leaves them.
+"""The programs of decoding compile for GPUs and TPUs on a machine that has none, and these tests read XLA's output.
 
-Run with `pytest -m cuda` and `pytest -m tpu` where docs/howto_gpu_tpu.md's compilers are. In the loop no weight and no
-cache is copied or widened, and little more than the weights is moved.
+They run with `pytest -m cuda` and `pytest -m tpu` if docs/howto_gpu_tpu.md's compilers are there. In the loop no weight
+and no cache is copied or widened, and little more than the weights is moved.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ WIDE = dataclasses.replace(
     LLAMA, vocab_size=4096, num_layers=5, width=4096, num_heads=32, num_kv_heads=8, head_dim=128, mlp_width=14336,
     context=32768, tied=False, eos_ids=(2,),
 )  # fmt: skip
-# Widths that are no multiples of 128, as SmolLM2-135M's.
+# Its widths are no multiples of 128, like those of SmolLM2-135M.
 NARROW = dataclasses.replace(
     WIDE, width=576, num_heads=9, num_kv_heads=3, head_dim=64, mlp_width=1536, vocab_size=49152, tied=True
 )
 
 
 def compiled(name, method, which="run_ticks", *, config=WIDE, dtype="bfloat16", format=None, mesh=None, length=64):
-    """(session, lowered text, what is compiled of it) of one sequence on a GPU or a TPU."""
+    """Return (session, lowered text, compiled program) of one sequence on a GPU or a TPU."""
     devices = devices_of(name)
     spread = None if mesh is None else make_mesh(mesh, devices)
     stages = plan_for(Dex(explorers=1 if mesh is None else spread.shape["stage"]), config.num_layers).depths
     packing = () if format is None else packed_alike(config, format)
     about = (dtype, packing, spread, Staged(stages) if mesh else None)
 
-    def put(tree, at=None):  # there is nothing to put arrays on
+    def put(tree, at=None):  # there is no device to put arrays on
         return jax.tree.map(lambda x: x if at is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree)
 
     with assumed(name), mock.patch.object(jax, "device_put", put):
@@ -76,7 +76,7 @@ def compiled(name, method, which="run_ticks", *, config=WIDE, dtype="bfloat16", 
 
 
 def read_in_place(session, found):
-    """The program, in whose loop nothing as large as a kernel is made but logits, and no copy of half of a cache."""
+    """Return the program; its loop must make no array of a kernel's size but logits, and no copy of half a cache."""
     hlo, config, length, mesh = Hlo(found.as_text()), session.lm.config, session.cache_length, session.lm.mesh
     smallest = min(math.prod(shape) for shape in parameter_shapes(config).values() if len(shape) == 2)
     pieces = 1 if mesh is None else mesh.shape["tensor"]
@@ -112,9 +112,9 @@ def test_loop(name, method, format):
     assert memory.argument_size_in_bytes > nbytes(weights), "an array that had become a constant would be missing"
     assert memory.alias_size_in_bytes >= 4 * WIDE.num_layers * session.cache_length * 8 * 128
     assert memory.temp_size_in_bytes < 80e6
-    if format != "Q4_K":  # GPUs read blocks piece by piece, each of which counts as a reading of all
+    if format != "Q4_K":  # GPUs read blocks piece by piece, and each piece counts as the whole array
         read = nbytes(weights) - nbytes(weights["embed"])
-        read += nbytes(weights["unembed"]) if session.plan.stages > 1 else 0  # by the exits, and by the final layer
+        read += nbytes(weights["unembed"]) if session.plan.stages > 1 else 0  # once for exits, once for the last layer
         assert hlo.moved(hlo.loop) < 1.1 * read
 
 
@@ -149,7 +149,7 @@ def test_float32_has_the_highest_precision(name, method, which):
     [("stage=4", "ar", None), ("stage=4", "four", None), ("stage=2,tensor=2", "two", None), ("tensor=4", "one", INT8)],
 )
 def test_meshes_of_four_chips(mesh, method, format):
-    """Each reads its own part where it lies, and sends one cohort to the next stage in a tick."""
+    """Each chip reads its own part where it lies, and sends one cohort to the next stage in a tick."""
     session, _, found = compiled("v5e", method, mesh=mesh, format=format)
     read_in_place(session, found)
     stages = session.lm.mesh.shape["stage"]
@@ -161,7 +161,7 @@ def test_meshes_of_four_chips(mesh, method, format):
 def test_a_prompt_never_has_all_of_its_scores_in_memory(name):
     """A chunk of 512 tokens over a cache of 17,408 positions would have more than a gigabyte of scores a layer."""
     session, _, found = compiled(name, "ar", "prefill_chunk", length=16384)
-    # A T4's products of 512 rows leave float32 for several layers at once, and still no layer's scores.
+    # A T4 holds the float32 products of 512 rows for several layers at once, but no layer's scores.
     assert found.memory_analysis().temp_size_in_bytes < (0.7e9 if name == "t4" else 0.25e9)
     assert found.memory_analysis().alias_size_in_bytes >= 2 * 2 * WIDE.num_layers * session.cache_length * 8 * 128
     assert ("dot_product_attention" in found.as_text()) == (name == "h100")
@@ -203,7 +203,7 @@ def test_a_widened_kernel_is_seen():
 
 
 def test_what_was_traced_for_one_device_is_not_used_for_another():
-    keys = jnp.ones((1, 1, 30, 20))  # of a width that C++ does not take
+    keys = jnp.ones((1, 1, 30, 20))  # C++ does not take this width
     attention = jax.jit(lambda queries: attend(queries, [KeyValues(keys, keys, jnp.ones((1, 4, 30), bool))]))
 
     def has_ways(name):

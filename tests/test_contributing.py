@@ -28,7 +28,7 @@ def recipe(title: str) -> str:
 
 
 def follow(text: str, folder: Path) -> int:
-    """Does the steps to the package in `folder`; returns how many there were."""
+    """Apply the steps to the package in `folder`, and return their number."""
     new = FILE.findall(text)
     for name, content in new:
         (folder / name).write_text(content, encoding="utf-8")
@@ -48,7 +48,7 @@ def follow(text: str, folder: Path) -> int:
 
 @pytest.mark.slow
 def test_the_recipes_work_as_they_are_written(tmp_path) -> None:
-    """All on one copy: they change different files."""
+    """All recipes change one copy of the package, as they change different files."""
     ignored = shutil.ignore_patterns("__pycache__", "default_exits")
     shutil.copytree(PACKAGE, tmp_path / "dex_jax", ignore=ignored)
     checks = []

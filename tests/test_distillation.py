@@ -31,9 +31,9 @@ from dex_jax.training.packing import NOTHING, Activations
 DEPTHS = (1, 2, 3)
 WIDTH, WINDOW, STEPS = LLAMA.width, 5, 13
 KINDS = [("mlp", True), ("attn", False)]
-"""A fused MLP has all that a fused map has, and more."""
+"""The kinds of exits, fused or not; a fused MLP has all that a fused map has, and more."""
 ROWS = ((3, 9, 1), (8, 2))
-"""Tokens of the texts in each row, one after the other."""
+"""Numbers of tokens of the texts in each row, one after the other."""
 
 
 def exits_config(kind: str, fused: bool) -> ExitsConfig:
@@ -51,7 +51,7 @@ def heads_parameters(config: ExitsConfig, values: dict[str, np.ndarray]):
 
 @dataclasses.dataclass
 class RowOfItems:
-    """A row's steps: (item, position within it) or None for an idle step, and what the model gave there."""
+    """A row's steps, (item, position within it) or None if idle, and the model's arrays of each item."""
 
     steps: list[tuple[int, int] | None]
     items: list[dict[str, np.ndarray]]
@@ -76,14 +76,14 @@ def rows_of_items() -> tuple[RowOfItems, ...]:
         items = [item(length) for length in lengths]
         steps = [(item, position) for item, length in enumerate(lengths) for position in range(length)]
         rows.append(RowOfItems(steps, items))
-    # Where row 1 has nothing, with a text behind it.
+    # Row 1 is idle for two steps before its second text, and for one after it.
     rows[1].steps[8:8] = [None, None]
     rows[1].steps.append(None)
     return tuple(rows)
 
 
 def batch_of_rows() -> Activations:
-    """All steps of all rows."""
+    """Return all steps of all rows."""
     rows = rows_of_items()
 
     def field(name: str) -> np.ndarray:
@@ -96,7 +96,7 @@ def batch_of_rows() -> Activations:
 
 
 def normed(x: np.ndarray) -> np.ndarray:
-    """The final norm, with a scale of its own."""
+    """Apply the final norm, with a scale of its own."""
     scale = 1 + 0.1 * np.arange(WIDTH, dtype=np.float32)[None, None] / WIDTH
     return (x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-5) * scale).astype(np.float32)
 
@@ -119,7 +119,7 @@ def read(kind: str, fused: bool, own_outputs: float, key: jax.Array) -> np.ndarr
 
 
 def drawn(key: jax.Array, own_outputs: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(whether a step may read an estimate, the exit that gives it, how many positions are hidden), each [B, n]."""
+    """Return whether a step may read an estimate, the exit that gives it, and how many positions are hidden, [B, n]."""
     draw, which = jax.random.split(key)
     shape = (len(ROWS), STEPS)
     may = jax.random.uniform(draw, shape) < own_outputs
@@ -166,7 +166,7 @@ def test_every_exit_reads_at_every_step_what_the_twin_reads(kind, fused) -> None
 
 @pytest.mark.parametrize(("kind", "fused"), KINDS)
 def test_estimates_get_no_gradient(kind, fused) -> None:
-    """Exit 1 reads estimates of deeper exits, and its gradient does not teach these."""
+    """Exit 1 reads estimates of deeper exits, and its gradient does not train these."""
     config, key = exits_config(kind, fused), jax.random.key(5)
     batch = batch_of_rows()
     now = normed(batch.final)
@@ -187,7 +187,7 @@ def test_estimates_get_no_gradient(kind, fused) -> None:
 
 @functools.cache
 def told() -> tuple[LanguageModel, jax.Array, jax.Array]:
-    """(a model, tokens [B, n], states [L, B, n, D] after every layer)."""
+    """Return a model, tokens [B, n], and states [L, B, n, D] after every layer."""
     lm = small_model()
     model = merge_model(lm.config, lm.weights)
     shape = (len(ROWS), STEPS)
@@ -205,7 +205,7 @@ def test_training_on_the_truth_is_what_a_root_gets_in_decoding(kind, fused) -> N
     params = heads_parameters(config, parameters(kind, fused))
     found = features(config, params, batch, model.normed(batch.final), 0.0, jax.random.key(0))
 
-    # One sequence for each position of a root. Every stage sees the root as if it had just got there.
+    # There is a sequence for each position of a root. Every stage sees the root as if it had just reached it.
     roots = np.array([1, WINDOW, STEPS - 1])
     shape = (len(DEPTHS) + 1, len(roots), 1)
 

@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def start(compiled: Path, *command: str) -> list[subprocess.Popen]:
-    """Start one command twice; what both compile is compiled once."""
+    """Start one command twice, with a shared folder of compiled programs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

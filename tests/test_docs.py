@@ -38,7 +38,7 @@ LINUX_ONLY = ("fcntl", "resource", "pwd", "grp", "termios")
 
 
 def run_page(page: str) -> dict:
-    """Runs the blocks of Python on a page one after the other; returns the names that they leave."""
+    """Run the blocks of Python on a page one after the other, and return the names that they leave."""
     text = (ROOT / page).read_text(encoding="utf-8")
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
@@ -59,7 +59,7 @@ def test_docstring_examples() -> None:
 
 @pytest.mark.parametrize("page", ["README.md", slow("docs/index.md")])
 def test_the_library_examples_run(page, monkeypatch, capsys, tmp_path) -> None:
-    """With a small model, four tokens and two explorers, always sampled: that is one program."""
+    """They run with a small model, four tokens and two explorers, always sampled, so that they share one program."""
     pytest.importorskip("matplotlib", reason="a page draws a picture")
     generate, trace, two = dex_jax.generate, dex_jax.trace, dex_jax.Dex(explorers=2, draft=False)
     tokenizer = outline("smollm2-135m").tokenizer
@@ -230,7 +230,7 @@ return_free_memory()
 def test_it_is_short_and_begins_with_what_a_reader_needs() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = text.splitlines()
-    assert len(lines) <= 150
+    assert len(lines) <= 140
     first = "\n".join(lines[:60])
     needed = ("](docs/figures/", "pip install uv", "uv run decode.py --prompt", "uv run pytest", "```python", "tok/s")
     assert [words for words in needed if words not in first] == []

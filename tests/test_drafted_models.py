@@ -1,4 +1,4 @@
-"""Drafts on small transformers: tokens of AR, and a drafter that sees in decoding what it saw in training."""
+"""Drafts on small transformers: tokens are AR's, and a drafter sees in decoding what it saw in training."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ def test_trained_exits_and_a_drafter_work_together(lm, monkeypatch) -> None:
 
 @pytest.mark.parametrize("kind", ["mlp", "linear"])
 def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm, kind) -> None:
-    """A chain of drafts after a prompt, read in two pieces, against `read_drafts` at the same positions."""
+    """A chain of drafts after a prompt, read in two pieces, equals `read_drafts` at the same positions."""
     model = merge_model(lm.config, lm.weights)
     given, drafted, prefix = random_drafter(kind), 4, 6
     config = given.config
-    # What bfloat16 holds exactly, as a drafter may be kept in it.
+    # bfloat16 holds these values exactly, as a drafter may be kept in it.
     exact = {name: value.astype(jnp.bfloat16).astype(np.float32) for name, value in given.parameters.items()}
     given = dataclasses.replace(given, parameters=exact)
     arrays = exit_arrays(model, config, given.parameters, given.vocabulary)

@@ -1,4 +1,4 @@
-"""Drafts in training: every draft step at every position against one chain of nodes at a time, as in decoding."""
+"""Drafts in training: every draft step at every position equals a chain of nodes that is run alone, as in decoding."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from dex_jax.training.packing import NOTHING, Activations
 
 WIDTH, STEPS, VOCABULARY = 12, 14, 20
 DRAFTER = ExitsConfig("mlp", (0,), WIDTH, fused=True, hidden=10, draft_size=VOCABULARY)
-"""It has all that a fused map has, and more."""
+"""A fused MLP, which has all that a fused map has, and more."""
 ROWS = ((14,), (4, 7, None, 2))
-"""Lengths of the texts in each row, one after the other; None is a place without any."""
+"""Lengths of the texts in each row, one after the other; None is an idle step."""
 
 
 @functools.cache
@@ -33,7 +33,7 @@ def embeddings() -> np.ndarray:
 
 @functools.cache
 def chunk() -> tuple[Activations, np.ndarray]:
-    """(two rows of texts, their final features [B, S, D])."""
+    """Return two rows of texts, and their final features [B, S, D]."""
     rng = np.random.default_rng(2)
     position = np.full((2, STEPS), NOTHING, np.int32)
     for row, lengths in zip(position, ROWS, strict=True):
@@ -47,7 +47,7 @@ def chunk() -> tuple[Activations, np.ndarray]:
 
 
 def chain(row: int, last: int, drafted: int) -> np.ndarray:
-    """Features of the last of `drafted` nodes, the last one at step `last` of a row and all before them committed."""
+    """Return the last features of a chain of `drafted` nodes that ends at step `last` of a row, the rest committed."""
     batch, normed = chunk()
     token, position = np.array(batch.token[row]), np.array(batch.position[row])
     first = last - drafted + 1

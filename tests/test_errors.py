@@ -33,7 +33,7 @@ def test_bad_input_is_told_in_a_line_and_a_bug_is_not(capsys) -> None:
 
 @pytest.mark.parametrize(
     ("command", "read"),
-    # What is short stays in a buffer until the end.
+    # Short output stays in a buffer until the end.
     [("[print('x' * 1000, flush=True) for _ in range(10000)] and None", 10), ("input() or print('short')", 0)],
 )
 def test_a_reader_that_leaves_is_no_error(command: str, read: int) -> None:

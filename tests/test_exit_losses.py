@@ -21,7 +21,7 @@ SCALE = np.array([1.0, 0.5, -2.0], np.float32)
 
 
 def arrays_of(function, *arguments) -> set[tuple[int, ...]]:
-    """The shapes of all float32 arrays in a function's jaxpr, loops and calls included."""
+    """Return the shapes of all float32 arrays in a function's jaxpr, loops and calls included."""
     text = str(jax.make_jaxpr(function)(*arguments))
     return {tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", text)}
 
@@ -43,7 +43,7 @@ def vocabulary_of(unembed, draft) -> Vocabulary:
 
 
 def losses_and_gradient(vocabulary: Vocabulary):
-    """(features, final, weight) -> ((the losses' sum by SCALE, what `exit_losses` gives), the sum's gradient)."""
+    """Return a function (features, final, weight) -> ((sum of losses by SCALE, `exit_losses`), gradient of the sum)."""
 
     def total(features, final, weight):
         found = exit_losses(features, final, weight, vocabulary)
@@ -66,7 +66,7 @@ def test_values_and_gradients_are_those_of_the_twin(arrays, monkeypatch, draft, 
     assert 0 < twin.coverage < 1 or draft is None
     np.testing.assert_allclose(gradient, twin.gradient, atol=1e-6)
     assert not gradient[:, weight == 0].any()
-    # Weights of zero alone are no division by zero.
+    # If all weights are zero, nothing is divided by zero.
     (_, found), gradient = compute(features, final, 0 * weight)
     assert [float(np.abs(x).max()) for x in found] == [0, 0, 0]
     assert not gradient.any()
@@ -84,5 +84,5 @@ def test_logits_of_all_tokens_never_exist(monkeypatch, draft) -> None:
         return max(map(math.prod, arrays_of(losses_and_gradient(vocabulary), features, final, weight)))
 
     assert largest() < tokens * columns
-    monkeypatch.setattr(losses, "BLOCK", tokens)  # still one exit at a time
+    monkeypatch.setattr(losses, "BLOCK", tokens)  # exits still come one at a time
     assert tokens * columns <= largest() < EXITS * tokens * columns

@@ -30,7 +30,7 @@ from dex_jax.training.journal import read_journal
 
 
 def quiet(line: str) -> None:
-    """Tells nobody."""
+    """Ignore a line."""
 
 
 def largest_change(one: TrainedExits, other: dict[str, np.ndarray]) -> float:
@@ -39,7 +39,7 @@ def largest_change(one: TrainedExits, other: dict[str, np.ndarray]) -> float:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An uninterrupted run: its folder, the exits it returns, and the backbone's weights before and after."""
+    """Run a training without interruption: its folder, its exits, and the backbone's weights before and after."""
     folder = tmp_path_factory.mktemp("whole")
     lm = base_model()
     before = jax.tree.map(np.array, lm.weights)
@@ -59,9 +59,8 @@ def test_a_run_writes_its_exits_and_figures(whole) -> None:
     assert largest_change(exits, {"map": fresh["map"]}) > 1e-3
     records = read_journal(whole.folder)
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4, 5, 6]
-    # The backbone is never touched.
     jax.tree.map(np.testing.assert_array_equal, whole.before, whole.after)
-    # Done, it gives its exits again; the width is the model's, whatever the configuration says.
+    # A finished run returns its exits again; the width is the model's, whatever the configuration says.
     narrow = dataclasses.replace(CONFIG, exits=dataclasses.replace(EXITS, width=1))
     again = train_exits(narrow, base_model(), whole.folder, tell=quiet)
     assert largest_change(again, whole.exits.parameters) == 0
@@ -121,7 +120,7 @@ def test_a_run_starts_from_some_of_the_given_exits_and_warns_of_another_backbone
 
 @pytest.mark.slow
 def test_a_first_training_comes_before_and_its_heads_go_on_with_more_tokens(whole, tmp_path) -> None:
-    """Killed anywhere it goes on: each of the two has a folder that can resume."""
+    """A run that is killed anywhere can go on, as each of the two trainings has a folder that can resume."""
     before = dataclasses.replace(CONFIG, evaluation_texts=0)
     train = dataclasses.replace(CONFIG.train, steps=1, learning_rate=1e-9)
     config = dataclasses.replace(before, train=train, exits=dataclasses.replace(EXITS, draft_size=30), first=before)

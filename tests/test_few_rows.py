@@ -1,4 +1,4 @@
-"""Few rows in C++: products, norms, gates and turned heads, for whom they are, and that only speed depends on them."""
+"""Few rows in C++: products, norms, gates and turned heads, when they are used, and that they change only speed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COMPILER = os.environ.get("CXX") or next(filter(None, map(shutil.which, native.C
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler on this machine")
 
 
-# Called as they are, these would be compiled anew at every call.
+# Without jit these would be compiled anew at every call.
 gated_once = jax.jit(gated, static_argnums=1)
 turned_once = jax.jit(turned, static_argnums=(2, 3))
 norm_once = jax.jit(rms_norm, static_argnums=2)
@@ -41,7 +41,7 @@ def random(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
 
 
 def assert_product(found: jax.Array, rows: np.ndarray, kernel: np.ndarray) -> None:
-    """Within float32's rounding of the sum of magnitudes."""
+    """Assert that a product is right to within float32's rounding of the sum of magnitudes."""
     wide, magnitudes = rows.astype(np.float64) @ kernel.T, np.abs(rows).astype(np.float64) @ np.abs(kernel).T
     assert found.dtype == jnp.float32
     assert np.all(np.abs(np.asarray(found) - wide) <= 1e-7 * (4 + rows.shape[-1] / 8) * magnitudes)
@@ -59,7 +59,7 @@ def test_it_is_used_here() -> None:
     assert all(asked(rows, "bfloat16", "bfloat16") for rows in (1, 700))
 
 
-# Other sizes are other programs: a few examples.
+# Each size is another program, so there are only a few examples.
 few_examples = settings(max_examples=12)
 
 
@@ -227,7 +227,7 @@ def test_the_norm_under_vmap_and_its_gradients() -> None:
 
 @functools.cache
 def steps_of(dtype: str):
-    """Empty memory, (memory, token, start) -> (logits [V], memory) of AR, and the logits [N, V] of a tree's rows."""
+    """Return an empty cache, a step of AR -> (logits [V], cache), and a function -> logits [N, V] of a tree's rows."""
     config = dataclasses.replace(LLAMA, num_layers=3, width=576, head_dim=16, mlp_width=200)
     lm = dex_jax.LanguageModel(random_transformer(config, 0, dtype), None, "random", "0")
 

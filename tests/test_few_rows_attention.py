@@ -17,7 +17,7 @@ from dex_jax.nn.attention import KEY_BLOCK, KeyValues, _attend, _attend_fused, _
 
 
 def attention_of(seed: int, rows: int, heads: int, groups: int, width: int, lengths: list[int], batch: int = 2):
-    """Queries and sources; every row sees at least one key."""
+    """Return random queries and sources; every row sees at least one key."""
     generator = np.random.default_rng(seed)
     queries = (2 * generator.normal(size=(batch, rows, heads, width))).astype(np.float32)
     sources = []
@@ -30,7 +30,7 @@ def attention_of(seed: int, rows: int, heads: int, groups: int, width: int, leng
 
 
 def plain_attention(queries: np.ndarray, sources: list[KeyValues], cap: float | None) -> np.ndarray:
-    """One row and head after another, in float64."""
+    """Compute attention one row and head after another, in float64."""
     out = np.zeros(queries.shape)
     batch, rows, heads, width = queries.shape
     for b, r, h in np.ndindex(batch, rows, heads):
@@ -57,7 +57,7 @@ def test_attention_and_each_row_alone(rows: int, heads: int, groups: int, width:
     assert few_rows.ATTENTION in str(jax.make_jaxpr(capped)(queries, sources))
     found = jax.jit(capped)(queries, sources)
     by_xla = [_attend(cap, queries, sources, on_gpu=on_gpu) for on_gpu in (False, True)]
-    # What GPUs ask cuDNN for, asked of XLA.
+    # XLA computes here what GPUs ask cuDNN for.
     fused = [] if cap else [_attend_fused(cap, queries, sources, by="xla")]
     for each in (found, *by_xla, *fused):
         chex.assert_trees_all_close(each, plain_attention(queries, sources, cap), atol=3e-6, rtol=0)
@@ -82,7 +82,7 @@ def test_xla_scores_no_more_of_a_cache_than_rows_see(dtype: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(few_rows, "ready", lambda: False)
         assert "while" in str(jax.make_jaxpr(attend)(queries, sources))
-    # Nothing is read beyond the block that holds the last key that is seen.
+    # Nothing is read beyond the block of the last visible key.
     unread = sources[0]._replace(values=sources[0].values.at[:, :, 2 * KEY_BLOCK :].set(jnp.nan))
     chex.assert_trees_all_equal(in_blocks(queries, [unread, sources[1]]), found)
     gradient, wanted = (

@@ -1,4 +1,4 @@
-"""The library of C++ kernels: built once, kept from others, clean under sanitizers, and not needed."""
+"""The library of C++ kernels: it is built once, safe from others, clean under sanitizers, and not required."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ print(json.dumps([few_rows.ready(), str(kept), np.asarray(jax.jit(linear)(x, ker
 
 
 def says(tmp_path, **variables: str) -> tuple[bool, str]:
-    """Return what a process of its own says of `ready()` and `kept_dtype(float32)`; its product must be right."""
+    """Return `ready()` and `kept_dtype(float32)` of a process of its own, in which a product must be right."""
     own = {"XDG_CACHE_HOME": str(tmp_path)} | variables
     run = subprocess.run([sys.executable, "-c", SAYS], env=os.environ | own, capture_output=True, text=True, check=True)
     ready, kept, product = json.loads(run.stdout)
@@ -51,7 +51,7 @@ def says(tmp_path, **variables: str) -> tuple[bool, str]:
 
 
 def quick_compiler(tmp_path, *flags: str) -> str:
-    """A compiler that takes no time to make fast code, which is nothing to a few rows."""
+    """Return a compiler that does not optimise, as these tests run too few rows to need fast code."""
     compiler = tmp_path / "compiler"
     compiler.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" {" ".join(flags)} -O0\n')
     compiler.chmod(0o700)
@@ -71,7 +71,7 @@ def test_what_is_needed_is_compiled_once_and_kept_and_what_others_may_have_writt
         "kernels",
     ]
     made = [file.stat().st_mtime_ns for file in built]
-    # Two devices have to propose what one does.
+    # Two devices must propose what one does, so they keep bfloat16 too.
     assert says(tmp_path, **own, XLA_FLAGS=environment.flags_for_devices(2)) == (False, "bfloat16")
     assert [file.stat().st_mtime_ns for file in sorted(built[0].parent.iterdir())] == made
     for file in built:
@@ -85,7 +85,7 @@ def test_what_is_needed_is_compiled_once_and_kept_and_what_others_may_have_writt
 
 @pytest.fixture
 def answer(tmp_path, monkeypatch):
-    """A source that takes no time to build, among caches of its own: what `native.loaded` takes."""
+    """Return the arguments of `native.loaded` for a source that is built quickly, in caches of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     monkeypatch.setattr(native, "_builds", {})
     source = tmp_path / "source" / "answer.cc"
@@ -117,7 +117,7 @@ def test_a_damaged_library_is_built_again_and_said_to_be(answer, damage, vouched
     kept.unlink()
     kept.write_bytes(DAMAGES[damage](made))
     kept.chmod(0o600)
-    if vouched:  # what the loader refuses by itself
+    if vouched:  # the checksum is right, so only the loader can refuse it
         kept.with_suffix(".sha256").write_text(hashlib.sha256(kept.read_bytes()).hexdigest())
     native._builds.clear()
     assert native.loaded(*answer).answer() == 42
@@ -207,7 +207,7 @@ INSTRUCTIONS = {
     "format", ["Q4_1", INT8, "Q6_K", *(slow(each) for each in FORMATS if each not in ("Q4_1", "Q6_K"))]
 )
 def test_products_are_the_same_to_the_last_bit_whatever_instructions_there_are(format, missing) -> None:
-    """The library of a format is compiled again for a machine that has fewer, and is known by another name."""
+    """The library of a format is compiled again for a machine with fewer instructions, under another name."""
     few_rows._load(format)
     own = ctypes.CDLL(str(few_rows.library(format, INSTRUCTIONS[missing])))
     name = f"{format} without {missing}"
@@ -259,7 +259,7 @@ def test_a_format_that_cannot_be_built_is_one_sentence(tmp_path, monkeypatch) ->
 
 @needs_compiler
 def test_ziglang_compiles_where_nothing_else_does(answer, tmp_path, monkeypatch) -> None:
-    """A package that passes on to a compiler stands for PyPI's, whose first build takes minutes."""
+    """A package that passes its arguments on to a compiler stands for PyPI's, which takes minutes at first."""
     package = tmp_path / "ziglang"
     package.mkdir()
     (package / "__init__.py").touch()

@@ -45,7 +45,7 @@ def _model() -> LanguageModel:
 
 @functools.cache
 def _texts() -> list[tuple[list[int], list[int]]]:
-    """Answers are no greedy ones: tokens mostly of the draft vocabulary, so that exits are often right by chance."""
+    """Return texts with random answers, mostly of the draft vocabulary, so that exits are often right by chance."""
     rng = np.random.default_rng(5)
     lengths = [(1, 9), (12, 24), (3, 1), (7, 2), (20, 24)]
     likely = np.concatenate([np.repeat(DRAFT, 8), np.arange(EOS)])
@@ -66,7 +66,7 @@ def _measured(name: str) -> Forced:
 
 @functools.cache
 def _states() -> list[np.ndarray]:
-    """[L, T, D] of each text, one at a time and all of one padded length."""
+    """Return states [L, T, D] of each text, run one at a time, all padded to one length."""
     lm = _model()
     model = merge_model(lm.config, lm.weights)
     of_text = jax.jit(lambda ids: depth_states(model, ids, (1, 2, 3, 4)))
@@ -113,7 +113,7 @@ def test_every_position_says_what_the_twin_says(name: str) -> None:
         for (twin, i), best in zip(where, measured.said.best[:, p].tolist(), strict=True):
             logits = twin.logits(depth, i, source)[0]
             assert len(set(best)) == len(best)
-            # By value: rounding may swap tokens that tie.
+            # Logits are compared, as rounding may swap tokens that tie.
             assert [logits[token] for token in best] == pytest.approx(sorted(logits.values())[:-4:-1], abs=1e-5)
         if source is TRUE:
             expected = [twin.divergence(depth, i) for twin, i in where]
@@ -126,7 +126,7 @@ def test_predicted_exits_are_the_twins(name: str) -> None:
     for grid in GRIDS:
         predicted = [exits.tolist() for exits in dex_exits(measured, grid)]
         assert predicted == [twin.predicted_exits(grid) for twin in twins]
-    # The chain of exits is only put to the test where a token's birth changes what the next exit says.
+    # The chain of exits is only tested if a token's birth changes which exit comes first for the next.
     fresh, *others = (first_exits(measured, GRIDS[2], born) for born in (4, 1, 2, 3))
     assert any((other != fresh).any() for other in others) == _exits(name).config.needs_previous
 
@@ -223,7 +223,7 @@ def test_batches_are_full_and_by_length() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA makes of top_k is another matter elsewhere")
 def test_no_vocabulary_is_sorted(monkeypatch) -> None:
-    """A sort of the vocabulary in place of its best few takes ten times as long as all else that is asked."""
+    """A sort of the vocabulary in place of a top-k takes ten times as long as the rest of `ask_exits`."""
     found = []
 
     def compiled(*args):

@@ -43,7 +43,7 @@ PROMPTS = [{"prompt": "one"}, {"messages": [{"role": "user", "content": "a"}]}, 
 
 
 def use_model(path: Path) -> None:
-    """Reads all of a checkpoint and says something with its tokenizer."""
+    """Read all of a checkpoint, and encode and decode a text with its tokenizer."""
     checkpoint = open_checkpoint(str(path))
     for name in checkpoint.shapes():
         checkpoint.read(name)
@@ -65,7 +65,7 @@ def use_prompts(path: Path) -> None:
 
 
 class Kind(NamedTuple):
-    """One file, what reads it by which path, and the JSON in it, None where it is none, with the way back."""
+    """One file, the function and path that read it, and the JSON in it or None, with the way back to bytes."""
 
     file: Path
     use: Callable[[Path], object]
@@ -80,7 +80,7 @@ KINDS = [*JSON_FILES, "model.safetensors", "model.gguf", "config", "about", "hea
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory) -> dict[str, Kind]:
-    """Whole files of every kind, by the names above."""
+    """Return whole files of every kind, by the names above."""
     folder = tmp_path_factory.mktemp("files")
     model = write_tokenizer(folder / "model", CHATML, bos_token={"content": "<s>"}, eos_token="<s>")
     (model / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
@@ -121,7 +121,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 
 def check(use: Any, path: Path) -> str:
-    """Return what is said of a file, empty for nothing; anything but one sentence fails, and so does taking long."""
+    """Return the sentence that refuses a file, empty if none does; other errors fail, and so does taking long."""
     began, said = time.monotonic(), ""
     try:
         use(path)
@@ -136,7 +136,7 @@ def check(use: Any, path: Path) -> str:
 
 @contextlib.contextmanager
 def changed(path: Path, content: bytes):
-    """A file with other content, for a while."""
+    """Give a file other content within this context."""
     kept = path.read_bytes()
     path.write_bytes(content)
     try:
@@ -146,13 +146,13 @@ def changed(path: Path, content: bytes):
 
 
 def refused(kind: Kind, content: str | bytes) -> None:
-    """Checks that a file with such JSON in it, or such bytes, is refused."""
+    """Assert that a file with such JSON in it, or such bytes, is refused."""
     with changed(kind.file, kind.whole(content) if isinstance(content, str) else content):
         assert check(kind.use, kind.root), f"{content[:300]!r} was accepted"
 
 
 def edited(text: str, place: tuple, value: Any) -> str:
-    """JSON with one value replaced."""
+    """Return JSON with one value replaced."""
     content = inner = json.loads(text)
     for key in place[:-1]:
         inner = inner[key]
@@ -167,7 +167,7 @@ def places(content: Any, place: tuple = ()) -> list[tuple]:
 
 
 def damaged(whole: bytes, share: float, how: str, new: bytes) -> bytes:
-    """Bytes with one thing done to them, within the first few thousand."""
+    """Return bytes with one change, within the first few thousand."""
     at = int(share * min(len(whole), 6000))
     put = {"nest": b"[" * 5000, "numbers": b"\xff" * 8}.get(how, new)
     return whole[:at] + (b"" if how == "cut" else put + whole[at + len(put) * (how in ("flip", "numbers")) :])
@@ -183,7 +183,7 @@ def test_files_of_every_kind_are_read_or_refused(kinds, name, data, share, how, 
     kind = kinds[name]
     if how == "value" and kind.text is not None:
         found = places(json.loads(kind.text))
-        # The many entries of a vocabulary count as one.
+        # The places between these are the many entries of a vocabulary.
         content = kind.whole(edited(kind.text, data.draw(st.sampled_from(found[:40] + found[-20:])), value))
     else:
         content = damaged(kind.file.read_bytes(), share, how, new)
@@ -207,7 +207,7 @@ LIES = [
     ("head", ("intermediate_size",), 95), ("head", ("model_type",), "x"),
     ("prompts", (0, "prompt"), 3), ("prompts", (1, "messages"), [3]),
 ]  # fmt: skip
-"""A file, a place in its JSON, and what stands there instead."""
+"""A file, a place in its JSON, and the wrong value that stands there instead."""
 
 
 def test_json_that_lies_or_is_no_description(kinds) -> None:
@@ -225,7 +225,7 @@ def test_tensors_that_lie(kinds) -> None:
     tensors = load_file(exits.file)
     vocabulary, gate_up = tensors["draft_vocabulary"], tensors["gate_up"]
     for change in (
-        # Integers and steps that would multiply to 231 GiB.
+        # These integers and steps would multiply to 231 GiB.
         {"gate_up": np.zeros((310_000, 1), np.int8), "gate_up.steps": np.zeros((1, 200_000), np.float32)},
         {"gate_up": gate_up.astype(np.int8)}, {"gate_up": np.full_like(gate_up, np.nan)},
         {"draft_vocabulary": vocabulary[::-1].copy()}, {"draft_vocabulary": vocabulary - 1000},

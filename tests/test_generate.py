@@ -1,4 +1,4 @@
-"""generate() and stream() on small random models: the same tokens by every road, and one sentence for bad input."""
+"""generate() and stream() on small random models: every way gives the same tokens, and bad input one sentence."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ METHODS = {
 }
 
 
-# Compiling is what these tests cost: few programs, shared. Golden tests have the other families.
+# These tests spend their time on compiling, so they share few programs. Golden tests have the other families.
 @functools.cache
 def model():
     return small_model()
@@ -61,7 +61,7 @@ def emitted(output: dex_jax.Output, row: int) -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 def test_autoregressive_decoding_is_the_argmax_after_every_prefix(sampled: bool) -> None:
-    """With the noise of the position, where it is sampled."""
+    """If tokens are sampled, the argmax is that of the logits with the noise of the position."""
     whole, draws = SmallModel(LLAMA, (4,)), None
     for row, prompt in enumerate(ragged_prompts()):
         if sampled:
@@ -179,7 +179,7 @@ def test_streaming_yields_prefixes_of_the_same_output() -> None:
 def test_stop_strings_do_not_depend_on_the_chunk() -> None:
     lm = small_model(tokenizer=LetterTokenizer())
     whole = generate(lm, UNEVEN)
-    # One that spans two tokens, one that ends in the middle of a token of two letters where there is one.
+    # One string spans two tokens, the other ends in the middle of a token of two letters, if there is one.
     stop = [whole.texts[0][4:6], whole.texts[2][5:7]]
     results = []
     for ticks_per_update in (1, 3, 64):
@@ -191,7 +191,7 @@ def test_stop_strings_do_not_depend_on_the_chunk() -> None:
         found = [text.find(string) for string in stop if string in text]
         assert last.texts[row] == (text[: min(found)] if found else text)
         tokens, exits = emitted(last, row)
-        # Kept up to the token that completes the stop string, and no further.
+        # Tokens stay up to the one that completes the stop string, and no further.
         assert (last.lengths[row] < TOKENS) <= bool(found)
         if found:
             assert any(string in lm.tokenizer.decode(tokens) for string in stop)
@@ -202,7 +202,7 @@ def test_stop_strings_do_not_depend_on_the_chunk() -> None:
 
 
 def test_the_stop_string_that_is_complete_first_decides() -> None:
-    """Not the one that begins first: its end may lie in a chunk that another run has not seen yet."""
+    """The one that begins first does not decide, as its end may lie in a chunk that another run has not seen yet."""
     tokenizer = LetterTokenizer()
     stops = StopStrings(["BCDEF", "DE", "zz"], tokenizer)
     tokens = tokenizer.encode("ABCDEFG")
@@ -224,7 +224,7 @@ def test_a_prompt_longer_than_a_chunk_of_the_prefill() -> None:
 
 
 class CompileCounter:
-    """Counts everything that XLA compiles, jitted programs and single operations alike."""
+    """A counter of everything that XLA compiles, jitted programs and single operations alike."""
 
     count = 0
 
@@ -252,7 +252,7 @@ def test_another_request_of_the_same_size_compiles_nothing() -> None:
         generate(lm, AR(), [list(range(40)), [4, 5], [6]], seed=0, **SAMPLED)
         assert (RUN.held, START.held) == held, "prompts of any length, and three sequences as four"
     finally:
-        # jax 0.7 cannot take one listener back; there the counter stays, and counts for nobody.
+        # jax 0.7 cannot remove one listener: there the counter stays, and nobody reads it.
         if hasattr(jax.monitoring, "unregister_event_duration_listener"):
             jax.monitoring.unregister_event_duration_listener(counter)
 

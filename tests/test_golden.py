@@ -1,8 +1,7 @@
-"""Logits and greedy tokens against transformers' own, read from tests/goldens (made by reference/make_goldens.py); the
-default model in half precision.
+"""Logits and greedy tokens against transformers' own, and models in half precision.
 
-Every margin of the goldens is above 1e-4 of max |logit|, so no difference in rounding excuses another token: tokens
-must be equal.
+tests/reference/make_goldens.py wrote tests/goldens. Every margin of these is above 1e-4 of max |logit|, so no
+difference in rounding excuses another token: tokens must be equal.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ QUICK = ("llama3", "gemma3", "olmo3")
 
 
 def assert_greedy_equals(lm, prompts: list[dict], method, max_new_tokens: int) -> None:
-    """One ragged batch decodes to the goldens' tokens, EOS included."""
+    """Assert that one ragged batch decodes to the goldens' tokens, EOS included."""
     ids = [prompt["prompt_ids"] for prompt in prompts]
     out = dex_jax.generate(lm, ids, method=method, exits="shared", max_new_tokens=max_new_tokens)
     assert [row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)] == [
@@ -44,7 +43,7 @@ def assert_greedy_equals(lm, prompts: list[dict], method, max_new_tokens: int) -
 
 
 def last_logits(lm, prompts: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [B, T, V] of a ragged batch, and those after each prompt's last token [B, V].
+    """Return logits [B, T, V] of a ragged batch, and those after each prompt's last token [B, V].
 
     Padding on the right cannot reach an earlier position through a causal mask.
     """
@@ -57,27 +56,27 @@ def last_logits(lm, prompts: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def batches(lm, golden: dict) -> list[list[dict]]:
-    """The prompts that may stand in one batch: all, unless RoPE has factors for long ones, which all would take."""
+    """Return prompts by batch: one batch has all, unless RoPE has factors for long ones, which all would take."""
     prompts = golden["prompts"]
     return [prompts] if lm.config.at_length(lm.config.context) == lm.config else [prompts[:3], prompts[3:]]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(request, tmp_path_factory) -> tuple[dict, str]:
-    """(golden, directory) of one family, in one safetensors file."""
+    """Return (golden, directory) of one family, in one safetensors file."""
     directory = write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
     return FAMILIES_GOLDEN["families"][request.param], str(directory)
 
 
 @pytest.fixture(scope="module")
 def family(checkpoint):
-    """(golden, model) of one family."""
+    """Return (golden, model) of one family."""
     golden, directory = checkpoint
     return golden, dex_jax.load(directory, dtype="float32")
 
 
 def families(names: Iterable[str], quick: Sequence[str]) -> pytest.MarkDecorator:
-    """Return families as parameters of `checkpoint`, slow but for some."""
+    """Return families as parameters of `checkpoint`, slow but for those of `quick`."""
     each = [name if name in quick else slow(name) for name in names]
     return pytest.mark.parametrize("checkpoint", each, indirect=True)
 
@@ -90,7 +89,7 @@ def test_the_goldens_leave_no_close_calls() -> None:
 
 @families(FAMILIES, quick=QUICK)
 def test_family_logits(checkpoint, family) -> None:
-    """Those of float32, and those of bfloat16: as far from them as transformers' own, within half as much again."""
+    """Logits in float32 are transformers' own; those in bfloat16 err less than 1.5 times as much as its own do."""
     golden, lm = family
     half = dex_jax.load(checkpoint[1], dtype="bfloat16")
     first = np.array(golden["all_logits_of_prompt_0"])
@@ -112,8 +111,8 @@ def test_family_logits(checkpoint, family) -> None:
     assert error < 1.5 * golden["bfloat16_error"]
 
 
-# What depends on how far a text has come: scaled queries, windows and caps, YaRN, factors for long texts. What does not
-# the logits have shown.
+# These families depend on the length of a text: scaled queries, windows and caps, YaRN, factors for long texts. The
+# logits have shown the others.
 @families(("qwen3", "ministral3", "gemma2", "olmo3", "phi4"), quick=["qwen3"])
 def test_family_greedy_ar(family) -> None:
     golden, lm = family
@@ -121,12 +120,12 @@ def test_family_greedy_ar(family) -> None:
         assert_greedy_equals(lm, batch, dex_jax.AR(), FAMILIES_GOLDEN["max_new_tokens"])
 
 
-# Compiling is what takes time here; what the other families add, AR and the logits have shown.
+# Compiling takes time here, and AR and the logits have shown what the other families add.
 @pytest.mark.parametrize(
     ("checkpoint", "explorers", "draft"),
     [
         slow("llama3", 2, False),
-        # Windows that end within prompts, and trees that straddle their edges.
+        # Its windows end within prompts, and trees straddle their edges.
         ("gemma3", 1, True),
         slow("smollm3", 2, True),
     ],
@@ -140,7 +139,7 @@ def test_family_greedy_dex(family, explorers, draft) -> None:
 
 @pytest.mark.reference
 def test_gemma3_270m(tmp_path) -> None:
-    """A file with blocks of four formats and a vocabulary of SentencePiece, whose texts transformers encodes alike."""
+    """The file has blocks of four formats and a SentencePiece vocabulary, which encodes as transformers does."""
     path = gemma3_file.assembled(tmp_path)
     if path is None:
         pytest.skip("the dependency group gemma is not installed")
@@ -152,7 +151,7 @@ def test_gemma3_270m(tmp_path) -> None:
 
 
 def test_smollm2_logits() -> None:
-    """To 1e-5 of max |logit|: transformers in float32 is itself 2e-6 away from its float64."""
+    """Logits agree to 1e-5 of max |logit|, as transformers in float32 is itself 2e-6 away from its float64."""
     goldens, dense = SMOLLM2_GOLDEN["last_logits"], dex_jax.load("smollm2-135m", dtype="float32", weights="dense")
     _, found = last_logits(dense, [SMOLLM2_GOLDEN["prompts"][golden["prompt"]] for golden in goldens])
     for golden, last in zip(goldens, found, strict=True):
@@ -165,7 +164,7 @@ def test_smollm2_logits() -> None:
 
 @pytest.mark.slow
 def test_smollm2_greedy(smollm2) -> None:
-    """AR as it is loaded, of long and short prompts and answers; tests/test_default_exits.py has DEX."""
+    """AR decodes the model as it is loaded, with short and long prompts; tests/test_default_exits.py has DEX."""
     prompts = [SMOLLM2_GOLDEN["prompts"][number] for number in (1, 6, 7, 11)]
     assert_greedy_equals(smollm2, prompts, dex_jax.AR(), SMOLLM2_GOLDEN["max_new_tokens"])
 
@@ -195,8 +194,7 @@ def test_no_layer_overflows() -> None:
 
 @pytest.mark.slow
 def test_depth_exploration_parts_from_ar_only_at_close_calls(tmp_path) -> None:
-    """In half precision XLA rounds a row differently among other rows, so tokens need not be equal, but a divergence
-    with a wide margin is a bug."""
+    """In half precision XLA rounds a row differently among other rows; only tokens with a small margin may differ."""
     half = dex_jax.load(str(write_checkpoint(tmp_path, "llama3")), dtype="bfloat16")
     prompts = [prompt["prompt_ids"] for prompt in FAMILIES_GOLDEN["families"]["llama3"]["prompts"]]
     options = {"exits": "shared", "max_new_tokens": 24}
@@ -204,7 +202,7 @@ def test_depth_exploration_parts_from_ar_only_at_close_calls(tmp_path) -> None:
     plain = dex_jax.generate(half, prompts, method=dex_jax.AR(), **options)
     checks = compare(half, explored, plain)
     assert all(check.is_tie(str(half.dtype)) for check in checks), checks
-    # The rule that ticks follow from exits holds in any arithmetic.
+    # Ticks follow from exits in any arithmetic.
     expected = [
         ticks_of(exits, int(length), 2) for exits, length in zip(explored.stats.exits, explored.lengths, strict=True)
     ]
@@ -215,7 +213,7 @@ def test_depth_exploration_parts_from_ar_only_at_close_calls(tmp_path) -> None:
 @pytest.mark.skipif(few_rows.language() == "XLA", reason="XLA rounds a row differently among other rows")
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "ministral3"])
 def test_in_bfloat16_trees_and_batches_give_the_tokens_of_ar(name: str, tmp_path) -> None:
-    """Families whose layers do more between their products than Llama's, with heads that the C++ takes."""
+    """These families do more between their products than Llama, and have heads that the C++ takes."""
     lm = dex_jax.load(str(write_checkpoint(tmp_path, name)), dtype="bfloat16")
     prompts = [prompt["prompt_ids"] for prompt in FAMILIES_GOLDEN["families"][name]["prompts"]]
     options = {"max_new_tokens": 24, "exits": "shared"}

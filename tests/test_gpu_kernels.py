@@ -1,4 +1,4 @@
-"""Kernels for newer GPUs: what they compute, as XLA computes it in their place, and where programs have them."""
+"""Kernels for newer GPUs: they compute what XLA computes without them, and programs have them where they fit."""
 
 from __future__ import annotations
 
@@ -85,14 +85,14 @@ def test_writes(seed: int, count: int, rows: int, window: int | None, start: int
     for number, (before, after) in enumerate(zip(caches, written, strict=True)):
         chosen = jnp.take_along_axis(fresh[0][number % 2], row[:, None, :, None], axis=2)
         wanted = write_rows(before, chosen, jnp.maximum(at, 0), kinds=kinds[0])
-        wanted = wanted if start >= 0 else wanted.at[0].set(before[0])  # to nowhere
+        wanted = wanted if start >= 0 else wanted.at[0].set(before[0])  # a negative start writes nothing
         chex.assert_trees_all_equal(after, wanted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_transformer_over_caches_computes_with_them_what_it_does_without(batch: int, monkeypatch) -> None:
-    """A prompt, a token, a tree and its commit, with kernels as XLA computes them in the place of Triton."""
+    """It runs a prompt, a token, a tree and its commit, with kernels that XLA interprets in the place of Triton."""
     model = random_transformer(WIDE, 0, jnp.dtype(jnp.bfloat16))
     tokens = jnp.asarray(np.random.default_rng(0).integers(WIDE.vocab_size, size=(batch, 9)))
     among, position = jnp.tril(jnp.ones((batch, 3, 3), bool)), jnp.asarray([[10, 11, 11]] * batch)
@@ -141,7 +141,7 @@ def test_a_transformer_over_caches_computes_with_them_what_it_does_without(batch
     ],
 )
 def test_programs_for_newer_gpus_have_one_for_each_layers_attention_and_one_for_all_writes(name, dtype, method) -> None:
-    """Lowered, without a GPU or its compiler."""
+    """The programs are lowered without a GPU or its compiler."""
     with assumed(name):
         plan = plan_for(method, WIDE.num_layers)
         session = Session(outline_of(WIDE, dtype), [[1, 2], [3]], plan, Request(max_new_tokens=64))

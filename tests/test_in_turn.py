@@ -1,4 +1,4 @@
-"""Layers that are one loop on CPUs: the numbers that they give apart, in programs that have one layer for all."""
+"""Layers that run as one loop on CPUs: they give the numbers of layers apart, and programs hold only one layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALIKE = dataclasses.replace(LLAMA, num_layers=4, head_dim=16, qkv_bias=True)
 
 
 def int8_model(*dense: str) -> Transformer:
-    """ALIKE with kernels in 8 bits, but for some."""
+    """Return ALIKE with kernels in 8 bits, but for those of `dense`."""
     given = weights_of(dex_jax.LanguageModel(random_transformer(ALIKE, 0), None, "random", "0"))
 
     def read(name: str) -> object:
@@ -36,7 +36,7 @@ def int8_model(*dense: str) -> Transformer:
 
 
 def run(model: Transformer, tokens: jax.Array) -> tuple:
-    """Every state of a prompt, then of two rows in layers 2 and 3, and the caches."""
+    """Return every state of a prompt, then those of two rows after layers 2 and 3, and the caches."""
     batch = tokens.shape[0]
     memory = cache.allocate(model.config, batch, 24, 0, model.dtype)
     states, memory = extend(model, memory, tokens, jnp.full(batch, 3), jnp.full(batch, 9))
@@ -61,7 +61,7 @@ def test_states_and_caches_are_those_of_layers_apart(make, monkeypatch) -> None:
     monkeypatch.setattr(in_turn, "FEWEST_LAYERS", 99)
     apart = compiled()
     found, wanted = loop(weights, tokens), apart(weights, tokens)
-    if make == "int8":  # XLA multiplies with the scales, and may do so together with what comes next
+    if make == "int8":  # XLA multiplies with the scales, and may fuse this with what comes next
         chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
     else:
         chex.assert_trees_all_equal(found, wanted)

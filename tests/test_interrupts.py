@@ -28,14 +28,14 @@ DECODE = [sys.executable, str(ROOT / "decode.py"), "--prompt", "Why is the sky b
 
 
 def moments() -> list[Any]:
-    """Seconds after the start, a random one in each of MOMENTS equal spans; the first is tried without --slow."""
+    """Return seconds after the start, a random one in each of MOMENTS equal spans; all but the first are slow."""
     chosen, span = random.Random(27), (LAST - 0.3) / MOMENTS
     seconds = [round(0.3 + span * (number + chosen.random()), 2) for number in range(MOMENTS)]
     return [pytest.param(at, marks=[pytest.mark.slow] * bool(number)) for number, at in enumerate(seconds)]
 
 
 def interrupt(command: list[str], ready: float | bytes, **environment: str) -> tuple[int, float, str]:
-    """(exit code, seconds from Ctrl-C to the end, what the terminal got), Ctrl-C after seconds or after an output."""
+    """Press Ctrl-C after seconds or an output; return (exit code, seconds until the end, the terminal's output)."""
     master, slave = pty.openpty()
     settings = termios.tcgetattr(slave)
     process = subprocess.Popen(

@@ -24,7 +24,7 @@ NAMES = {
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
-# Where norms stand after what they norm, and where projections are fused.
+# These are the names of norms after attention and MLP, and of fused projections.
 AFTER = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
 NAMES_OF = {
     "gemma": AFTER | {"pre_feedforward_layernorm": "ffn_norm"},
@@ -40,7 +40,7 @@ _LONGROPE |= {f"{_SCALE}attn_factor": math.sqrt(1 + math.log(256 / 44) / math.lo
 _LOCAL = {"attention__sliding_window_pattern": [True, True, False, True, True, False, True]}
 _CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 0.5}
 _MULTIPLIERS = {"embedding_scale": 3.0, "residual_scale": 0.6, "attention__scale": 0.2, "logit_scale": 0.7}
-# Of families of the reference: architecture, and what llama.cpp's converter says of it beside what is said of all.
+# The architecture of reference families, and the fields that llama.cpp's converter writes only for them.
 GGUF_FIELDS = {
     "codellama": ("llama", _LINEAR | {f"{_SCALE}factor": 2.0}),
     "mistral": ("llama", {}),
@@ -55,7 +55,7 @@ GGUF_FIELDS = {
     "phi4": ("phi3", _LONGROPE | {"attention__sliding_window": 0}),
 }
 INTERLEAVED = ("llama", "mistral3", "smollm3", "granite")
-# What such a file cannot say, or says otherwise than the reference's configuration.
+# Such a file lacks these settings, or has others than the reference's configuration.
 UNSAID: dict[str, dict] = {name: {"attention_scale": 16**-0.5} for name in ("gemma2", "gemma3")}
 UNSAID["mistral"] = {"layer_kinds": (), "family": "llama"}
 
@@ -68,7 +68,7 @@ def interleave(rows, heads):
 
 
 def write_gguf(path, family, kind="F32", extra=(), drop=(), kinds=None, **fields):
-    """One of the reference families as a GGUF file; matrices stored as `kind`, or as `kinds` has it for their part."""
+    """Write a reference family as a GGUF file, with matrices stored as `kind`, or as `kinds` has it for their part."""
     config, tensors = FAMILIES[family], checkpoint_tensors(family)
     architecture, told = GGUF_FIELDS.get(family, (config["model_type"], {}))
     architecture = fields.pop("architecture", architecture)
@@ -133,13 +133,13 @@ def test_a_gguf_file_equals_the_directory_it_was_made_from(tmp_path, family):
     theirs = open_checkpoint(str(write_checkpoint(tmp_path / "directory", family)))
     assert ours.shapes() == theirs.shapes()
     for name in ours.shapes():
-        # 1 was added to Gemma's norms, and rounded.
+        # The converter adds 1 to Gemma's norms, which rounds.
         atol = 1e-7 if "norm" in name and ours.config.norm_offset else 0
         np.testing.assert_allclose(ours.read(name), theirs.read(name), rtol=0, atol=atol, err_msg=name)
-    # A GGUF file names one end of a text; generation_config.json may name more. llama.cpp does not say some things.
+    # A GGUF file names one EOS id, generation_config.json may name more. llama.cpp leaves some settings out.
     expected = dataclasses.replace(theirs.config, eos_ids=(2,), bos_id=1, **UNSAID.get(family, {}))
     if expected.rope_scaling is not None:
-        # Of yarn llama.cpp works it out; the reference's configuration has another one.
+        # llama.cpp computes the magnitude of YaRN; the reference's configuration has another one.
         magnitude = 0.1 * math.log(4) + 1 if family == "olmo3" else expected.rope_scaling.magnitude
         assert ours.config.rope_scaling.magnitude == pytest.approx(magnitude)
         scaling = dataclasses.replace(expected.rope_scaling, magnitude=ours.config.rope_scaling.magnitude)
@@ -189,7 +189,7 @@ def test_large_tensors_are_read_in_pieces_and_within_memory(tmp_path, monkeypatc
 
 
 def llama3_factors(factor, head_dim, theta):
-    """rope_freqs as llama.cpp's converter computes them, frequency by frequency."""
+    """Return rope_freqs as llama.cpp's converter computes them, frequency by frequency."""
     factors = []
     for i in range(0, head_dim, 2):
         wavelength = 2 * math.pi * theta ** (i / head_dim)

@@ -21,7 +21,7 @@ REPO, REVISION = "owner/tiny-model", "0" * 40
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty hub cache, offline; returns the folder in which a snapshot of REPO would lie."""
+    """Make an empty hub cache, offline, and return the folder in which a snapshot of REPO would lie."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     folder = tmp_path / "models--owner--tiny-model"
@@ -32,7 +32,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(cache, monkeypatch):
-    """A hub that, when asked for a snapshot, writes one into the cache, of what `write` writes."""
+    """Return the state of a hub that answers a request for a snapshot by calling `write`, which fills the cache."""
     state = SimpleNamespace(write=lambda: write_checkpoint(cache, "smollm2", 3), error=None, asked=[])
     from_cache = huggingface_hub.snapshot_download
 
@@ -109,6 +109,6 @@ def test_other_names_are_refused(tmp_path, monkeypatch):
     assert "no file" in refusal("absent.gguf")
     assert "no alias" in refusal("a/b/c")
     assert "no alias" in refusal("")
-    # A directory comes before a hub id.
+    # A directory takes precedence over a hub id.
     write_checkpoint(tmp_path / "owner" / "tiny-model", "qwen3")
     assert open_checkpoint(REPO).config.family == "qwen3"

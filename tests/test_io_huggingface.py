@@ -15,7 +15,7 @@ from dex_jax.io.opening import open_checkpoint
 
 
 def edit_json(path, **changes):
-    """Sets keys of a JSON file; None removes one."""
+    """Set keys of a JSON file; None removes one."""
     content = json.loads(path.read_text())
     for key, value in changes.items():
         content.pop(key, None)
@@ -135,7 +135,7 @@ def test_windows_are_where_the_configuration_means_them(tmp_path, changes, slide
 
 
 def test_the_text_of_a_model_of_images_and_text(tmp_path):
-    """Its configuration is one of two, and its tensors have longer names beside those of what reads images."""
+    """Its configuration is one of two, and its tensors have longer names, beside those of the vision tower."""
     plain = open_checkpoint(str(write_checkpoint(tmp_path / "plain", "gemma3")))
     folder = write_checkpoint(tmp_path / "both", "gemma3")
     text = json.loads((folder / "config.json").read_text())

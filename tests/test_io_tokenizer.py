@@ -29,14 +29,14 @@ CHATML = (
 
 @pytest.fixture(scope="module")
 def smollm2() -> Tokenizer:
-    """The default model's tokenizer."""
+    """Return the default model's tokenizer."""
     tokenizer = open_checkpoint("smollm2-135m").tokenizer
     assert tokenizer is not None
     return tokenizer
 
 
 def gguf_metadata(pre="llama-bpe", **changes):
-    """A vocabulary of bytes, two words and three special tokens, as GGUF metadata."""
+    """Return a vocabulary of bytes, some words and three special tokens, as GGUF metadata."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, "Ġa", "12", "123", "<s>", "<|im_start|>", "<|im_end|>", "<tool>"]
     meta = {
@@ -129,7 +129,7 @@ PIECES = ["▁", "a", "b", "c", "▁a", "ab", "bc", "abc", "▁ab", "▁▁", "c
 
 
 def sentencepiece_file(*worse: float, prefix: bool) -> Tokenizer:
-    """Return a tokenizer of the pieces above, each of which scores so much worse than the one before."""
+    """Return a tokenizer of the pieces above; each scores less than the last by a value of `worse`."""
     tokens = ["<unk>", "<s>", "</s>", *BYTES, *PIECES, "<tool>"]
     scores = [0.0] * 259 + (-np.cumsum(worse)).tolist() + [0.0]
     own = {"model": "llama", "tokens": tokens, "scores": scores, "token_type": [2, 3, 3] + [6] * 256 + [1] * 12 + [4]}
@@ -148,7 +148,7 @@ def test_sentencepiece_joins_what_scores_best(text: str, worse: list[int], prefi
     scores = dict(zip(PIECES, -np.cumsum(worse), strict=True))
     parts = list(("▁" if prefix else "") + text.replace(" ", "▁"))
     while joined := [(scores[a + b], -i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in scores]:
-        # Which of two that score alike is joined first is nobody's promise.
+        # Nothing defines which of two that score alike is joined first.
         assume(len({parts[-i] + parts[1 - i] for score, i in joined if score == max(joined)[0]}) == 1)
         at = -max(joined)[1]
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
@@ -161,7 +161,7 @@ def test_sentencepiece_joins_what_scores_best(text: str, worse: list[int], prefi
 
 
 def write_tokenizer(directory, template=None, **settings):
-    """A checkpoint with tokenizer.json."""
+    """Write a checkpoint with tokenizer.json, and return its directory."""
     write_checkpoint(directory, "smollm2")
     backend = gguf_tokenizer(gguf_metadata(add_bos_token=True), (), "here").backend
     backend.enable_truncation(3)
@@ -177,7 +177,7 @@ def test_a_directorys_tokenizer(tmp_path):
     assert len(tokenizer.encode("no truncation, no padding")) == 1 + len("no truncation, no padding")
     assert tokenizer.eos_ids == (2, 261)
     assert tokenizer.chat([{"role": "user", "content": "x"}], False)[0] == 260
-    # BOS comes once, and special tokens are special.
+    # BOS comes once, and special tokens are encoded as such.
     ids = with_template("{{ bos_token }}" + CHATML).chat([{"role": "user", "content": "x"}])
     assert (ids[:2], ids.count(259), ids.count(261)) == ([259, 260], 1, 1)
 

@@ -1,4 +1,4 @@
-"""Compiled programs on disk: JAX's own cache serves the command and Python alike, and a long wait is told."""
+"""Compiled programs on disk: JAX's own cache serves the command and Python alike, and a long wait is announced."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_python_finds_what_the_command_has_compiled(tmp_path) -> None:
     model = save_model(
         tmp_path / "model", config, weights_of(small_model(config)), train_tokenizer("Hi there" * 40, 300)
     )
-    # C++ that is there need not be built again.
+    # The C++ libraries that are there need not be built again.
     (cache_folder() / "native").mkdir(mode=0o700, exist_ok=True)
     own.mkdir(mode=0o700)
     (own / "native").symlink_to(cache_folder() / "native")

@@ -1,4 +1,4 @@
-"""Models of billions of weights: what loading takes, and what float16 holds of their activations."""
+"""Models of billions of weights: the memory that loading takes, and activations that float16 holds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dex_jax.nn.forward import extend_rows
 from dex_jax.nn.transformer import build, parameter_shapes
 from dex_jax.planner import SHAPES
 
-# Of 1.5 billion weights.
+# This model has 1.5 billion weights.
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -40,7 +40,7 @@ CONFIG = {
 
 
 def directory(folder: Path, config: dict) -> Path:
-    """A Hugging Face directory in bfloat16 whose numbers are a hole in its file: zeros."""
+    """Write a Hugging Face directory in bfloat16; all weights are zero, as they are a hole in the file."""
     header, end = {}, 0
     for name, shape in tensor_shapes(config).items():
         begin, end = end, end + 2 * math.prod(shape)

@@ -19,24 +19,24 @@ quantized = jax.jit(lat.quantized)
 
 @jax.jit
 def ended(lattice: Lattice, final: jax.Array, tick: jax.Array) -> tuple[lat.Path, Lattice]:
-    """The path of one level that a tick commits, and the lattice that it leaves."""
+    """Return the path of one level that a tick commits, and the lattice that it leaves."""
     path = lat.follow(lattice, final, tick, levels=1)
     return path, lat.collapse(lattice, path)
 
 
 @jax.jit
 def plant(lattice: Lattice, tick: int, token: int, position: int) -> Lattice:
-    """A fresh root."""
+    """Return the lattice with a fresh root."""
     return lat.spawn(lattice, tick, lat.widen(lat.fresh_root(token, position, STAGES), ROWS))
 
 
 def followed(lattice: Lattice, token: int) -> tuple[lat.Path, Lattice]:
-    """Return what is committed and left when the root has finished and the final layer says this token after it."""
+    """Return the path and the lattice that remains, if the root has finished and the final layer gives this token."""
     return ended(lattice, jnp.array([token, -5, -5]), 10 * STAGES + int(lattice.root) // ROWS)
 
 
 def test_a_dead_twin_of_the_committed_token_is_not_taken() -> None:
-    """A slot that held the token before, under a root in the same place, is not a child."""
+    """A slot that held the token before, under a root in the same slot, is not a child."""
     offered = jnp.zeros((STAGES - 1, ROWS), bool).at[0, 0].set(True)
     offers = Proposals(jnp.full(offered.shape, 11), jnp.where(offered, -1.0, 0.0), offered)
     lattice = plant(lat.empty(STAGES, ROWS), 0, 7, 5)

@@ -1,4 +1,4 @@
-"""The decode loop against its slow twin, on models whose arithmetic is exact: everything must be equal, always."""
+"""The decode loop against its slow twin, on models with exact arithmetic: everything must be equal, always."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MODELS_PER_CONFIG = 6
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings that the loop is compiled for; V' is `draft`, when the exits know a part of the vocabulary only."""
+    """The settings that the loop is compiled for; `draft` is V', if the exits know only a part of the vocabulary."""
 
     stages: int
     rows: int
@@ -75,7 +75,7 @@ QUICK = [CONFIGS[number] for number in (3, 5, 6, 8)]
 
 
 def configs(chosen: list[Config]) -> pytest.MarkDecorator:
-    """Return configs as parameters: those outside QUICK take seconds to compile, and smaller ones do the same."""
+    """Return configs as parameters; those outside QUICK are slow, as they take seconds to compile."""
     return pytest.mark.parametrize("config", [each if each in QUICK else slow(each) for each in chosen], ids=str)
 
 
@@ -84,7 +84,7 @@ every_config = configs(CONFIGS)
 
 @dataclasses.dataclass(frozen=True)
 class Explored:
-    """One model, one batch: the twin's runs and what the library did."""
+    """The twin's runs and the library's ticks, for one model and one batch."""
 
     model: ToyModel
     case: toy_runs.Case
@@ -96,14 +96,14 @@ class Explored:
         return jax.tree.map(lambda field: field[-1], self.ticks.record)
 
     def rows(self):
-        """(prompt, draws, the twin's run, the library's tokens and exits) of each sequence."""
+        """Yield (prompt, draws, the twin's run, the library's tokens and exits) of each sequence."""
         for row, (prompt, run) in enumerate(zip(self.case.prompts, self.runs, strict=True)):
             draws = toy_runs.twin_draws(self.case, row, len(self.model.embedding))
             yield prompt, draws, run, *toy_runs.emitted(self.record, row)
 
 
 def tables_of(config: Config, number: int) -> Tables:
-    """Models from those whose exits nearly always agree with the last layer to those that hardly ever do.
+    """Return a model; by `number` its exits nearly always, sometimes or hardly ever agree with the last layer.
 
     Logits of few values make ties; logits far apart make probabilities of one, so that a child scores as its parent.
     """
@@ -120,7 +120,7 @@ def tables_of(config: Config, number: int) -> Tables:
 
 @functools.cache
 def explored(config: Config) -> list[Explored]:
-    """The runs that the tests below look at from several sides."""
+    """Return the runs that the tests below check in several ways."""
     found = []
     for number in range(MODELS_PER_CONFIG):
         tables = tables_of(config, number)
@@ -156,7 +156,7 @@ def test_tokens_are_ars_ticks_follow_from_exits_and_exits_are_the_teacher_forced
             if config.never_prunes:
                 assert exits[1:] == count
             elif config.tree is None and (draws is None or draws.top_p == 1.0):
-                # Never smaller with a cap. With top-p there is no such order: a token that only one of the two
+                # With a cap exits are never smaller. Top-p breaks that order: a token that only one of the two
                 # lattices has masked changes what the rest adds up to, and so what the filter leaves.
                 assert all(exit_ >= least for exit_, least in zip(exits[1:], count, strict=True))
 
@@ -170,17 +170,17 @@ def test_lattice_stays_within_its_bounds(config: Config) -> None:
     if config.never_prunes:
         assert sum(run.pruned for one in explored(config) for run in one.runs) == 0
         if config.decs and config.draft is None and config.vocab >= 12:
-            # The bounds are the smallest: random cases do reach them.
+            # The bounds are tight, as random cases reach them.
             assert (nodes, cohort) == (2 ** (config.stages - 1), full_rows(config.stages))
 
 
 @pytest.mark.slow
 def test_the_cases_are_not_easy() -> None:
-    """All that the tests above rest on does happen: deep lattices, every exit, pruning, ends of both kinds."""
+    """The cases that the tests above need do occur: deep lattices, every exit, pruning, both kinds of ends."""
     for config in CONFIGS:
         runs = [run for one in explored(config) for run in one.runs]
         exits = Counter(exit_ for run in runs for exit_ in run.exits)
-        # With DECS exit k holds out for its k-th new token, so no exit past the size of a draft vocabulary has one.
+        # With DECS exit k gives its node's k-th new token, so no exit past the size of a draft vocabulary has one.
         last = config.stages - 1 if config.draft is None else min(config.stages - 1, config.draft)
         first = 1 if config.tree is None else 0
         assert set(exits) == {-1, *range(first, last + 1), config.stages}, config
@@ -198,7 +198,7 @@ def test_the_cases_are_not_easy() -> None:
 
 @pytest.mark.parametrize(("stages", "sampled"), [(1, False), slow(2, True)])
 def test_a_cohort_drafts_and_keeps_what_is_worth_its_time(stages: int, sampled: bool) -> None:
-    """Alone, as a batch chooses for all its sequences together; the twin says what each cohort drafts and keeps."""
+    """The batch is one sequence, as a batch chooses for all sequences together; the twin says what cohorts keep."""
     rows_chosen: set[int] = set()
     levels_chosen: set[int] = set()
     tree = TreeShape((2, 1, 1), 2, LOOKUP, rungs=(1, 2, 3))
@@ -251,14 +251,13 @@ def test_a_path_is_emitted_as_its_tokens_would_be_one_by_one(seed: int) -> None:
         count = rng.integers(1, size + 1, batch).astype(np.int32)
         for i in range(size):
             singly = emit(singly, tokens[:, i], born_at[:, i], (i < count) & ~singly.done, limits)
-        singly = singly._replace(ticks=at_once.ticks)  # the loop counts them
+        singly = singly._replace(ticks=at_once.ticks)  # the loop counts ticks
         at_once, _ = emit_path(at_once, tokens, born_at, count, limits)
         chex.assert_trees_all_equal(at_once, singly)
 
 
 def test_decs_saves_ticks() -> None:
-    """Without a cap DECS never costs a tick: what it masks is in the lattice already. (With one, siblings it adds may
-    push out nodes that mattered.)"""
+    """Without a cap DECS costs no tick, as the lattice has what it masks; a cap may drop better nodes for siblings."""
     plain = Config(4, 4, decs=False)
     saved = []
     for number, one in enumerate(explored(plain)):
@@ -272,7 +271,7 @@ def test_decs_saves_ticks() -> None:
 
 
 def test_the_while_loop_equals_stepping_also_under_vmap() -> None:
-    """Two models side by side, the whole loop under one more batch axis."""
+    """Two models run side by side, with the whole loop under one more batch axis."""
     config = Config(3, 1, batch=4)
     pair = explored(config)[:2]
     cases = [toy_runs.arrays(one.case, [run.tokens[0] for run in one.runs]) for one in pair]

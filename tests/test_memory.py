@@ -23,7 +23,7 @@ CONFIG = ModelConfig("llama", 101, 2, 48, 6, 3, 8, 40, 512)
 
 @functools.cache
 def compiled(method, batch: int):
-    """(optimised program, bytes of one committed cache) of the loop, from abstract shapes."""
+    """Return the optimised program of the loop and the state that it takes, from abstract shapes."""
     plan = plan_for(method, CONFIG.num_layers)
     session = Session(outline_of(CONFIG), [[1, 2, 3]] * batch, plan, Request(max_new_tokens=400))
     program, arguments, statics = programs_of(session)["run_ticks"]
@@ -69,6 +69,6 @@ def test_only_the_latest_programs_are_held(monkeypatch) -> None:
     doubled.jitted = SimpleNamespace(lower=lower, clear_cache=lambda: None)
     for size in (1, 2, 1, 3, 1, 2):
         assert doubled(jnp.ones(size)).tolist() == [2.0] * size
-    # With 1 and 2 held, 1 was used last: 3 takes the place of 2.
+    # Programs of sizes 1 and 2 are held and 1 was used last, so 3 takes the place of 2.
     assert sizes == [1, 2, 3, 2]
     assert doubled.held == 2

@@ -1,4 +1,4 @@
-"""On a mesh: the tokens, ticks and exits of one device, each device with its own stage alone, and no other traffic."""
+"""Decoding on a mesh: tokens, ticks and exits are those of one device, and each device holds and sends what it must."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ PROMPT = 48
 COLLECTIVES = ("collective-permute", "all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-broadcast")
 
 MADE = {"llama_attention_bias": ["4 x cpu:cpu", [2, 4]], "gemma3": ["3 x cpu:cpu", [3, 5, 7]]}
-"""Devices that a checkpoint's tokens were made on, and the depths of its stages."""
+"""The devices that a checkpoint's tokens were made on, and the depths of its stages."""
 LATTICES = [n for n, case in CASES.items() if case.method == "dex" and "," not in case.mesh and case.explorers != 1]
 """Cases of a lattice on an axis of stages alone, one explorer on each device or several."""
 SEVERAL = "drafts, six on two devices"
 QUICK = ("drafts, all axes",)
-"""The case whose tests are not slow has all that the others have."""
+"""The case that is not slow, as it has all that the others have."""
 
 
 def cases(names: Iterable[str]) -> list[object]:
-    """Names as parameters."""
+    """Return names as parameters, slow but for QUICK."""
     return [name if name in QUICK else slow(name) for name in names]
 
 
@@ -64,7 +64,7 @@ def folder(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def in_cpp(request, tmp_path_factory) -> Path:
-    """Return the results of programs whose products of few rows are in C++."""
+    """Return the results of programs that compute products of few rows in C++."""
     return run_worker(tmp_path_factory.mktemp("mesh_cpp"), request, [*IN_CPP, "packed"])
 
 
@@ -73,12 +73,12 @@ def hlo(folder: Path, case: str, program: str) -> str:
 
 
 def instructions(text: str) -> Iterable[Instruction]:
-    """All of a compiled program."""
+    """Return all instructions of a compiled program."""
     return itertools.chain(*(each.values() for each in Hlo(text).computations.values()))
 
 
 def collectives(text: str) -> collections.Counter:
-    """(operation, bytes of its result on one device) -> how often it stands in a compiled program."""
+    """Count each (operation, bytes of its result on one device) of a compiled program."""
     named = ((each.operation.removesuffix("-start"), each.nbytes) for each in instructions(text))
     return collections.Counter(each for each in named if each[0] in COLLECTIVES)
 
@@ -117,7 +117,7 @@ def test_packed_weights_lie_on_their_stages_and_give_dense_ones_tokens(in_cpp: P
         assert tokens == found["dense"], method
     in_8_bits = found["int8"]
     assert in_8_bits["tokens"][0] == in_8_bits["tokens"][1]
-    # Devices round half of the inputs in blocks of their own, and one device of several computes by XLA, unrounded.
+    # Each device of the mesh rounds its own half of the inputs; one device among several uses XLA, unrounded.
     assert in_8_bits["error"] < 1e-3
     assert in_8_bits["shapes"] == [[160, 64], [160], [64, 80], [64]], "half of 2 x 160 outputs, half of 160 inputs"
 
@@ -135,7 +135,7 @@ def test_checkpoints_are_read_onto_a_mesh(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", cases(LATTICES))
 def test_a_tick_sends_a_cohort_to_the_next_stage_and_shares_proposals(folder: Path, name: str) -> None:
-    """One permute of [B, W, D], one gather of token and score of each row, and features only where heads need them."""
+    """A tick has one permute of [B, W, D], one gather of tokens and scores, and features only if heads need them."""
     case = CASES[name]
     stages, rows = case.plan.stages, case.plan.rows
     cohort = case.batch * rows * WIDTH * 4
@@ -164,12 +164,12 @@ def test_an_ar_step_goes_from_stage_to_stage(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", cases(["ar", "exits attn", "all axes", SEVERAL]))
 def test_no_cache_is_copied(folder: Path, name: str) -> None:
-    """In the loop or before it: caches are donated and written where they lie."""
+    """Nothing copies them in the loop or before it: caches are donated and written where they lie."""
     assert "copy" not in what_makes_caches(hlo(folder, name, "run_ticks"), CASES[name])
 
 
 def what_makes_caches(text: str, case: Case) -> list[str]:
-    """The operations of a compiled program whose results are whole caches."""
+    """Return the operations of a compiled program that result in whole caches."""
     shape = (cache_length_for(1, 1, 0, case.batch), case.head_dim)
     found = [each.operation for each in instructions(text) if any(x.dims[-2:] == shape for x in each.results)]
     assert "parameter" in found
@@ -178,14 +178,14 @@ def what_makes_caches(text: str, case: Case) -> list[str]:
 
 @pytest.mark.parametrize("name", cases(["drafts, exits mlp", "exits attn"]))
 def test_only_stages_that_ask_multiply_with_the_draft_unembedding(folder: Path, name: str) -> None:
-    """XLA takes products out of loops of one turn: a stage would then pay for exits that it does not have."""
+    """XLA takes products out of loops of one turn, so that a stage would pay for exits that it does not have."""
     program, (_, _, draft) = Hlo(hlo(folder, name, "run_ticks")), CASES[name].exits
 
     def multiplies(each: Instruction) -> bool:
         return each.operation == "dot" and draft in each.results[0].dims
 
     def always(computation: str) -> bool:
-        """Whatever branches its conditionals take."""
+        """Return whether it multiplies whatever branches its conditionals take."""
         for each in program.computations[computation].values():
             called = [*map(always, [*each.calls, *re.findall(r"to_apply=%?([\w.\-]+)", each.line)])]
             if multiplies(each) or (any(called) and (each.operation != "conditional" or all(called))):
@@ -198,7 +198,7 @@ def test_only_stages_that_ask_multiply_with_the_draft_unembedding(folder: Path, 
 
 @pytest.mark.parametrize("name", cases(["ar", "exits attn"]))
 def test_a_prefill_goes_from_stage_to_stage(folder: Path, name: str) -> None:
-    """K - 1 permutes of [B, R, D], then one sum that shares the last states and what exits remember of the prompt."""
+    """There are K - 1 permutes of [B, R, D], then one sum that shares the last states and the exits' memory."""
     case = CASES[name]
     stages = case.plan.stages
     found = collectives(hlo(folder, name, "prefill_chunk"))
@@ -218,12 +218,12 @@ def test_a_tensor_axis_sums_twice_a_layer_and_shares_logits_and_a_data_axis_one_
     found = collectives(hlo(folder, name, "run_ticks"))
     assert found.pop(("collective-permute", rows * WIDTH * 4)) == 1
     assert found.pop(("all-gather", case.plan.stages * rows * 2 * 4)) == 1
-    # Whether anyone goes on is asked before the loop and in it.
+    # Devices agree before the loop and in it whether any sequence goes on.
     assert found.pop(("all-reduce", 4)) == 2
     sums = {size: times for (operation, size), times in found.items() if operation == "all-reduce"}
     logits = {size: times for (operation, size), times in found.items() if operation == "all-gather"}
     assert sum(map(len, (sums, logits))) == len(found)
-    # Two layers, each compiled for one row a sequence (W is 1), and the embedding, whose vocabulary is split.
+    # Two layers, each compiled for one row a sequence (W is 1), and the embedding, which is split by tokens.
     assert sums == {rows * WIDTH * 4: 2 * 2 + 1}
     assert max(logits) == rows * VOCABULARY * 4
 

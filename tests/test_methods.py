@@ -29,7 +29,7 @@ def test_defaults() -> None:
     paper = plan_for(Dex(draft=False), 30)
     assert paper == dataclasses.replace(plan_for(Dex(explorers=5, draft=False), 30), decs=True)
     assert (paper.depths, paper.rows, paper.drafts) == ((6, 12, 18, 24, 30), 8, None)
-    # A model with fewer layers than the default has explorers.
+    # This model has fewer layers than the default has explorers.
     assert plan_for(Dex(draft=False), 2).depths == (1, 2)
     rows = [plan_for(Dex(explorers=k, draft=False), 30).rows for k in (1, 2, 3, 4, 5, 6, 30)]
     assert rows == [1, 1, 2, 4, 8, 16, 32]
@@ -97,7 +97,7 @@ def test_buckets_hold_what_they_are_for() -> None:
     assert all(bucket >= length for length, bucket in enumerate(buckets, 1))
     assert buckets == sorted(buckets)
     assert len({size for length in range(1, 3000) for size in prompt_pieces(length)}) == 3
-    # Each piece reads all weights: there are as few as can be.
+    # Each piece reads all weights, so there are as few as can be.
     assert [prompt_pieces(length) for length in (41, 131, 300, 754)] == [(48,), (192,), (512,), (512, 512)]
     lengths = [[cache_length_for(prompt, new, 32, 2) for prompt in range(1, 3000, 7)] for new in (1, 100, 900)]
     for new, found in zip((1, 100, 900), lengths, strict=True):

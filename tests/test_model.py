@@ -24,7 +24,7 @@ from dex_jax.nn.weights import merge_model
 
 
 def test_the_norm_of_large_activations_in_half_precision() -> None:
-    """Their squares overflow unless float32 adds them up."""
+    """The squares of such activations overflow unless float32 adds them up."""
     large = jnp.full((1, 8), 300.0, jnp.float16)
     assert np.isfinite(rms_norm(large, jnp.ones(8, jnp.float16), 1e-5)).all()
 
@@ -48,13 +48,13 @@ def test_rotation_by_a_product_as_on_tpus_is_exact(dtype: str, half: int) -> Non
     cos, sin = jnp.asarray(rng.uniform(-1, 1, (2, 2, 1, 5, half)), jnp.float32)
     halves, product = rotary._by_halves(x, cos, sin), rotary._by_product(x, cos, sin)
     assert product.dtype == halves.dtype == dtype
-    # XLA may add without rounding what it multiplies.
+    # XLA may add products without rounding them first.
     chex.assert_trees_all_close(product, halves, rtol=float(jnp.finfo(dtype).eps), atol=1e-6)
 
 
 @pytest.mark.slow
 def test_steps_of_few_rows_on_a_tpu_run_eight_and_give_the_same_bits() -> None:
-    """With XLA's own products, on this CPU: a token alone, and as the root of a tree of eight and of three."""
+    """XLA multiplies here, on this CPU; a token runs alone, and as the root of trees of eight and of three."""
     model = random_transformer(LLAMA, 0, jnp.dtype(jnp.bfloat16))
     tokens = jnp.asarray(np.random.default_rng(0).integers(LLAMA.vocab_size, size=(1, 17)))
     empty = cache.allocate(LLAMA, 1, 64, 0, model.dtype)

@@ -1,4 +1,4 @@
-"""Drafters with layers of their own, EAGLE-3 heads and small models: what they compute, and the tokens of AR."""
+"""Drafters with layers of their own, EAGLE-3 heads and small models: what they compute, and that tokens are AR's."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def target(checkpoint) -> dex_jax.LanguageModel:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_eagle_head_computes_what_speculators_does(variant, target, tmp_path) -> None:
-    """A chain of drafts that goes on with given tokens, below several roots of one text."""
+    """A chain of drafts goes on with given tokens, below several roots of one text."""
     model = merge_model(target.config, target.weights)
     head = fit_eagle(dex_jax.load_eagle(write_head(tmp_path / variant, variant)), target.config)
     arrays, drafter = eagle_arrays(head, jnp.float32), EagleDrafter(head.config)
@@ -90,7 +90,7 @@ def test_tokens_with_an_eagle_head_are_those_of_ar(variant, options, dtype, chec
 
 @pytest.mark.parametrize(("config", "options"), [slow(GEMMA, {}), slow(LLAMA, SAMPLED)])
 def test_a_model_that_drafts_for_itself_is_always_right(config, options) -> None:
-    """So that every tick but the last emits a whole path, which only right keys and values can do."""
+    """Every tick but the last emits a whole path, which needs right keys and values."""
     config = dataclasses.replace(config, num_layers=2, layer_kinds=config.layer_kinds[:2])
     lm, prompts, new = small_model(config), ragged_prompts(3), 21
     about = {"max_new_tokens": new, **options}

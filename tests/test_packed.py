@@ -31,18 +31,18 @@ formats = pytest.mark.parametrize("format", FORMATS)
 METHODS = {"ar": dex_jax.AR(), "drafts": dex_jax.Dex(explorers=1), "explorers": dex_jax.Dex(explorers=2)}
 PROMPTS, OPTIONS = [[1, 5, 9, 3], [7] * 11], {"max_new_tokens": 12, "exits": "shared"}
 KINDS = {"attn_v": "Q8_0", "token_embd": "Q8_0", "ffn_down": "Q4_0", "attn_output": "F16"}
-"""The formats that files often have: a value projection in other blocks than the query's, some matrices in none."""
+"""Formats that files often mix: value projections in other blocks than the query's, and some matrices in none."""
 
 
 def packed(format: str, rows: int, blocks: int, seed: int = 0) -> tuple[Packed, np.ndarray]:
-    """Random blocks, and the numbers that they stand for."""
+    """Return random blocks, and the numbers that they stand for."""
     found = random_blocks(np.random.default_rng(seed), format, rows, blocks)
     return Packed((jnp.asarray(found),), (None,), (format,)), dequantised(found, format)
 
 
 @formats
 def test_any_bytes_stand_for_what_the_gguf_package_makes_of_them(format) -> None:
-    """Bytes of scales too: numbers that are not normal, infinite, or none."""
+    """The bytes of scales are random too, so that some are subnormal, infinite or NaN."""
     (columns, size), rows, blocks = FORMATS[format], 300, 3
     found = np.random.default_rng(0).integers(0, 256, (rows, blocks * size), np.uint8)
     kernel = Packed((jnp.asarray(found),), (None,), (format,))
@@ -64,7 +64,7 @@ def test_any_bytes_stand_for_what_the_gguf_package_makes_of_them(format) -> None
 
 
 def in_memory(kernel: Packed) -> Packed:
-    """The kernel as a model holds it."""
+    """Return the kernel as a model holds it."""
     return jax.tree.map(jnp.asarray, as_products_read(jax.tree.map(np.asarray, kernel)))
 
 

@@ -31,7 +31,7 @@ def machine(count: int, **changes: float) -> Hardware:
 
 
 def by_hand(layers: float, rows: int, split: int, head: float, exits: int, levels: int | None, batch: int) -> float:
-    """Seconds of a step without what devices exchange: S = 30, two bytes a number, a byte a weight."""
+    """Return the seconds of a step without what devices exchange: S = 30, two bytes a number, a byte a weight."""
     attention = max(30 * batch * 2 * 2 * 2 * 2 / 1000, 4 * rows * batch * 30 * 4 * 2 / 6000)
     seconds = layers * ((max(LAYER / 1000, 2 * LAYER * rows * batch / 6000) + attention) / split + 0.010)
     of_head = head * (max(HEAD / 1000, 2 * HEAD * rows * batch / 6000) / split + 0.004)
@@ -89,7 +89,7 @@ def test_several_stages_on_a_device_and_what_it_holds() -> None:
     cached, heads = 4 * (30 + 4 * 3) * 2 * 2 * 2, 800 + (2 * 3 + 16) * 64
     assert four.bytes_per_device == 4 * LAYER + HEAD + 2 * (cached + heads)
     assert predict(Setting(MODEL, machine(1), 1, 30, 1.0))[0].bytes_per_device == 5 * LAYER + HEAD + 2 * 5 * 30 * 8
-    # Three devices leave one over for two explorers, and have no even share of four.
+    # Two explorers leave one of three devices over, and four cannot share them evenly.
     assert [each.name for each in predict(Setting(MODEL, machine(3)), [TWO, FOUR])][-1] == "DEX, K = 2"
     assert planner.table(predict(Setting(MODEL, machine(2), 100, 300))).endswith("into the memory of these devices.")
 

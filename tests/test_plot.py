@@ -1,4 +1,4 @@
-"""Pictures: what stands in them, read back from the figure, and that bad input is one sentence."""
+"""Pictures: their content, read back from the figure, and one sentence for bad input."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_depth_text_holds_every_token_in_its_colour(out) -> None:
     assert plain[-1].split("  ")[:2] == ["exit 1 (depth 1)", "exit 2 (depth 2)"]
     for number, depth in enumerate(out.stats.plan.depths[:-1], 1):
         given = int((out.stats.exits == number).sum())
-        # One more in the legend.
+        # There is one more in the legend.
         assert page.count(f'title="exit {number} (depth {depth})"') == given + 1
         assert page.count(f"background:{depth_hex(number, 4)}66") == given + 1
 
@@ -108,7 +108,7 @@ def test_without_matplotlib_a_sentence_says_what_to_install(trace, monkeypatch) 
 
 
 def data_of(page: str) -> dict:
-    """Return what a page plays."""
+    """Return the data that a page plays."""
     found = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)
     assert found is not None
     return json.loads(found[1])
@@ -139,7 +139,7 @@ def test_a_player_shows_text_that_looks_like_a_page(trace, tmp_path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_a_player_plays_in_a_browser(trace, tmp_path, width: int, scheme: str) -> None:
-    """Needs the package playwright and a Chromium that is installed."""
+    """The test needs the package playwright and a Chromium that is installed."""
     api = pytest.importorskip("playwright.sync_api", reason="playing a page needs playwright")
     if (chromium := shutil.which("chromium") or shutil.which("google-chrome")) is None:
         pytest.skip("playing a page needs Chromium")

@@ -54,7 +54,7 @@ def test_a_phase_leaves_nothing_on_a_terminal() -> None:
     assert "compiling run_ticks" in shown
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
     assert " 25% loading the model" in plain
-    # No share of what nobody knows the size of.
+    # A phase of unknown size shows no percentage.
     assert "% compiling" not in plain
     # The line is erased and the cursor is back.
     assert shown.rindex("\x1b[2K") > shown.rindex("compiling")

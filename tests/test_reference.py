@@ -1,4 +1,4 @@
-"""The committed goldens are what transformers computes today. Runs only where torch and transformers are installed."""
+"""The committed goldens are what transformers computes today; these tests need torch and transformers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _read(name: str) -> dict:
 
 
 def _assert_same_decoding(made: list[dict], committed: list[dict]) -> None:
-    """Prompts and tokens are equal; margins, which rounding may move, are close."""
+    """Assert that prompts and tokens are equal, and that margins, which rounding may move, are close."""
     for new, old in zip(made, committed, strict=True):
         assert new["prompt_ids"] == old["prompt_ids"]
         assert new["new_tokens"] == old["new_tokens"]
@@ -32,7 +32,7 @@ def _assert_same_decoding(made: list[dict], committed: list[dict]) -> None:
 
 
 def _assert_same_logits(made: list, committed: list) -> None:
-    """To 4e-6 of max |logit|: torch in float32 is 2e-6 away from its float64, on each machine to another side."""
+    """Assert equality to 4e-6 of max |logit|, as torch in float32 is 2e-6 from float64, to a side per machine."""
     np.testing.assert_allclose(made, committed, rtol=0, atol=4e-6 * np.abs(committed).max())
 
 

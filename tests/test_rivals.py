@@ -1,4 +1,4 @@
-"""The rivals of DEX in studies/: rounds of the slow twin in exact arithmetic, tokens of AR, honest counts."""
+"""The rivals of DEX in studies/: their rounds are the slow twin's, their tokens AR's, and their counts right."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
 
 @functools.partial(jax.jit, static_argnames=("policy", "depths"))
 def decode(tables, prompts, lengths, first, limits, sampling, *, policy, depths):
-    """The record after the loop."""
+    """Return the record after the loop."""
     memory = toy_prefill(tables, prompts, lengths, capacity=CAPACITY + 2 * policy.rows, slots=0)
     network, options = chain_toy(tables, depths), {"policy": policy, "limits": limits, "sampling": sampling}
     state = loop.init(network, memory, first, lengths, capacity=CAPACITY, **options)

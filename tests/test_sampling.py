@@ -25,7 +25,7 @@ by_threshold = jax.jit(filtered)
 chosen = jax.jit(choose)
 best_of = jax.jit(best_column)
 
-# Few distinct values make ties; -inf is what a mask leaves.
+# Few distinct values make ties; a mask leaves -inf.
 tied = st.sampled_from([-np.inf, -3.0, -1.0, -0.0, 0.0, 0.5, 2.0])
 # XLA takes subnormals for zero, NumPy does not.
 spread = st.floats(-30, 30, width=32, allow_subnormal=False)
@@ -63,9 +63,9 @@ def test_top_k_comes_before_top_p(logits: np.ndarray, top_k: int, top_p: float) 
 
 
 def _assert_top_p(logits: np.ndarray, top_k: int | None, top_p: float) -> None:
-    """Equal to sorting at a share that lies within float32's rounding of p: between its sets a little below and above.
+    """Assert that the set is between those that sorting keeps for a share slightly below p and slightly above it.
 
-    What is kept is a set of largest logits, with all ties, so the sets are nested and one between the two is as good.
+    Each set has the largest logits, with all ties, so sets are nested, and float32's rounding may give any of these.
     """
     got = np.asarray(by_threshold(logits, None if top_k is None else jnp.int32(top_k), jnp.float32(top_p)))
     for row, kept in zip(logits, got, strict=True):
@@ -100,7 +100,7 @@ def test_noise_belongs_to_seed_and_position() -> None:
 
 
 def chi_square(observed: np.ndarray, expected: np.ndarray) -> tuple[float, int]:
-    """(statistic, degrees of freedom) of counts, cells of fewer than 5 expected put together."""
+    """Return (statistic, degrees of freedom) of counts, cells of fewer than 5 expected put together."""
     small = expected < 5
     if small.any():
         observed = np.append(observed[~small], observed[small].sum())
@@ -112,7 +112,7 @@ def chi_square(observed: np.ndarray, expected: np.ndarray) -> tuple[float, int]:
 
 
 def p_value(statistic: float, degrees: int) -> float:
-    """Chance of a larger chi-square."""
+    """Return the probability of a larger chi-square."""
     return float(jax.scipy.special.gammaincc(jnp.float32(degrees / 2), jnp.float32(statistic / 2)))
 
 
@@ -136,7 +136,7 @@ CUT = jax.jit(threshold, static_argnums=0)
 
 
 @given(
-    # A few lengths, each of which is compiled for.
+    # There are few lengths, as each is compiled.
     st.sampled_from([1, 40]).flatmap(lambda size: st.lists(st.integers(0, 2**32 - 1), min_size=size, max_size=size)),
     st.integers(1, 50),
 )
@@ -151,7 +151,7 @@ def test_the_cut_of_gpus_and_tpus_is_the_one_of_cpus(values: list[int], enough: 
 
 @pytest.mark.slow
 def test_dex_samples_from_the_model_s_own_distribution() -> None:
-    """Tokens 2 and 3 (token 0 is given), each against the softmax after its own prefix."""
+    """Tokens 1 to 3 are tested (token 0 is given), each against the softmax after its own prefix."""
     temperature, top_k, top_p = 0.8, 12, 0.9
     tables = random_tables(5, CHI_STAGES, CHI_VOCAB, openness=0.2, spread=6, disagreement=1)
     model = ToyModel(tables)
@@ -174,7 +174,7 @@ def test_dex_samples_from_the_model_s_own_distribution() -> None:
         return weights / weights.sum()
 
     for index in (1, 2, 3):
-        # One test for each prefix that came up often enough, added up; the rest share one row of expectations.
+        # Each prefix that came up often enough has a test, added up; the rest share one row of expectations.
         prefixes, number = np.unique(record.tokens[:, 1:index], axis=0, return_inverse=True)
         statistic, degrees = 0.0, 0
         rest_observed, rest_expected = np.zeros(CHI_VOCAB), np.zeros(CHI_VOCAB)
@@ -193,7 +193,7 @@ def test_dex_samples_from_the_model_s_own_distribution() -> None:
 
 
 def test_chi_square_finds_a_wrong_distribution() -> None:
-    """The test above rests on this: a bias of 0.006 in two of fifty tokens is found, none is not."""
+    """The test above needs this: a bias of 0.006 in two of fifty tokens is found, and fair samples pass."""
     rng = np.random.default_rng(0)
     fair = np.full(50, 1 / 50)
     biased = fair.copy()

@@ -1,4 +1,4 @@
-"""Saved models come back the same, whole or not at all."""
+"""Saved models load as they were, and are written as a whole or not at all."""
 
 from __future__ import annotations
 

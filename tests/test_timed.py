@@ -1,4 +1,4 @@
-"""Training for so many minutes: it ends by the clock, goes on where it was, and recommends what was faster."""
+"""Training for a number of minutes: it ends by the clock, goes on where it was, and recommends what was faster."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_minutes_end_a_training_and_its_learning_rate_falls_by_them(tmp_path, mo
     config = TrainConfig(steps=10**6, minutes=0.03, batch=4, warmup_steps=1, learning_rate=0.02, final_rate=0.1)
     config = dataclasses.replace(config, log_every=1, eval_every=None, checkpoint_every=5)
     task, seconds = LinearMap(config), itertools.count(step=0.01)
-    # Each look at the clock finds it so much later: a machine's speed has no part in it.
+    # Each look at the clock is 0.01 s later, so that the machine's speed does not matter.
     monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     first = train(task, config, tmp_path, notify=lambda _: None)
     assert 10 < first.step < 180
@@ -116,7 +116,7 @@ def test_a_drafter_in_so_many_minutes_with_what_it_brings(lm, data, tmp_path, mo
     assert drafter.config.draft_size <= 270
     assert [way.name for way in ways] == ["plain decoding", "decode.py without it", "decode.py with it"]
     assert ways[0].tokens_per_tick == ways[0].over_plain == 1
-    assert ways[2].tokens_per_tick > 1  # a model of random weights goes round in circles
+    assert ways[2].tokens_per_tick > 1  # a model of random weights repeats itself
     steps = drafter.metadata["steps"]
     timed.train_for(lm, 1.5, tmp_path, data=data)
     assert load_exits(tmp_path).metadata["steps"] > steps

@@ -1,4 +1,4 @@
-"""A recorded lattice against the slow twin, on models whose arithmetic is exact."""
+"""A recorded lattice against the slow twin, on models with exact arithmetic."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def record(tables, case, first: list[int], stages: int, rows: int, sequence: int
     tables, arrays = jax.tree.map(jnp.asarray, (tables, toy_runs.arrays(case, first)))
     *_, limits, sampling = arrays
     state = jax.jit(toy_runs.begin, static_argnames=("stages", "rows"))(tables, *arrays, stages=stages, rows=rows)
-    # A step that takes its state's memory: a trace must have copied what it keeps.
+    # A step takes the memory of its state, so a trace must have copied what it keeps.
     tick = jax.jit(lambda state: dex_jax.step(toy_network(tables), state, limits, sampling), donate_argnums=0)
     return dex_jax.watch(tick, state, text=lambda token: f"<{token}>", sequence=sequence)
 
 
 def seen_after(trace: Trace, tick: int) -> set[tuple]:
-    """(path of tokens from the root, stages done, born_at, position) of every live node."""
+    """Return (path of tokens from the root, stages done, born_at, position) of every live node."""
     found = set()
     for index in trace.alive(tick):
         node = trace.nodes[index]
@@ -57,7 +57,7 @@ def test_every_tick_is_the_twin_s() -> None:
         assert seen_after(trace, tick) == wanted, f"tick {tick}"
     assert [node.born_at for node in trace.roots[1:]] == run.exits[1:-1]
     for node in trace.nodes:
-        # A child comes as many ticks after its parent as the exit is deep that proposed it.
+        # A child is born k ticks after its parent if exit k proposed it.
         assert node.parent is None or node.born - trace.nodes[node.parent].born == node.born_at
     assert all(trace.labels[node.token] == f"<{node.token}>" for node in trace.nodes)
 

@@ -43,7 +43,7 @@ config = ExitTraining(
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a tiny model, prompts, and a configuration."""
+    """Return a folder with a tiny model, prompts, and a configuration."""
     place = tmp_path_factory.mktemp("place")
     model, prompts = place / "model", place / "prompts.txt"
     small_model(MODEL, tokenizer=train_tokenizer(TEXT, 270)).save(model)
@@ -54,13 +54,13 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(place) -> Path:
-    """The folder of a finished training of exits."""
+    """Run a training of exits to its end, and return its folder."""
     assert train.main(["--config", str(place / "exits.py"), "--folder", str(place / "run")]) == 0
     return place / "run"
 
 
 def run(capsys, *arguments: str | Path) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of train_exits.py."""
+    """Run train_exits.py, and return (exit code, stdout, stderr)."""
     capsys.readouterr()
     code = train.main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
@@ -122,7 +122,7 @@ def test_evaluate_measures_exits_on_the_models_answers(capsys, trained, place, t
         assert figures["exits"] == exits
         found[exits] = figures["groups"]["prompts"]
     one, other = found.values()
-    assert (one["texts"], one["depths"]) == (3, [1, 2])  # of a model of 3 layers, K = 2 and 3
+    assert (one["texts"], one["depths"]) == (3, [1, 2])  # the model has 3 layers, so K = 2 and 3
     assert (one["tokens"], one["depths"]) == (other["tokens"], other["depths"])
     assert one["divergence"] != other["divergence"]
 
@@ -138,7 +138,7 @@ def test_flags_change_the_configuration(place) -> None:
 
 
 def test_flags_and_a_first_training(place, tmp_path) -> None:
-    """Model, data and batch are of both trainings, the length of the last one; --init-from replaces the first."""
+    """Model, data and batch apply to both trainings, --steps to the last one; --init-from replaces the first."""
     file = tmp_path / "two.py"
     file.write_text(
         (place / "exits.py").read_text() + "\nimport dataclasses\nconfig = dataclasses.replace(config, first=config)\n"
@@ -170,7 +170,7 @@ CASES = {
     "export {place} {place}/x.safetensors": "no checkpoint",
     "evaluate --exits default --model {place}/model --data x.txt": "no trained exits",
 }
-"""Arguments -> a word of the sentence that answers them."""
+"""Arguments, and a word of the sentence that refuses them."""
 
 
 @pytest.mark.parametrize(("arguments", "keyword"), CASES.items())

@@ -50,7 +50,7 @@ def test_tokens_are_those_of_ar_and_exits_those_of_teacher_forcing(lm, plain, ki
     exits = random_exits(kind.split(",")[0], fused=fused, draft=draft)
     if "alone" in kind:  # wrong wiring of the position before would change which exits are right
         exits = dataclasses.replace(exits, parameters=exits.parameters | {"norm": np.zeros((3, WIDTH), np.float32)})
-    # Of three explorers: see `forced.force`.
+    # There are three explorers here: see `forced.force`.
     method = dex_jax.Dex(depths=(1, 2, 4), rows="full", draft=False) if kind == "attn" else UNPRUNED
     out = dex_jax.generate(lm, ragged_prompts(3), method=method, exits=exits, max_new_tokens=20)
     assert_same_tokens(lm, out, plain)
@@ -151,7 +151,7 @@ def test_exits_that_do_not_fit_are_refused(lm) -> None:
 
 
 def test_rest_counts_in_probabilities_only(lm) -> None:
-    """With a bucket that outweighs all, paths score worse, and without a cap nothing else changes."""
+    """If the rest of the vocabulary outweighs all, paths score worse, and without a cap nothing else changes."""
     exits = random_exits("linear", fused=True, draft=30)
     heavy = exits.parameters | {"rest_bias": np.full(3, 50.0, np.float32)}
     runs = [

@@ -44,7 +44,7 @@ def checkpoints_in(folder):
 
 
 def step_of(event) -> int | None:
-    """The step that a Standing tells of; None for lines of text."""
+    """Return the step of a Standing, or None for lines of text."""
     return None if isinstance(event, str) else int(event.what.removeprefix("step ").partition("/")[0])
 
 
@@ -56,7 +56,7 @@ def test_a_field_that_will_not_do_is_named():
 
 
 class Given(LinearMap):
-    """Keeps the weights that training starts from."""
+    """A LinearMap that keeps the weights that training starts from."""
 
     def init(self, key):
         self.given = super().init(key)
@@ -65,7 +65,7 @@ class Given(LinearMap):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing interrupts: (what it gives, its folder, its task, what it told)."""
+    """Run a training without interruption, and return (its result, its folder, its task, its events)."""
     folder, told = tmp_path_factory.mktemp("whole"), []
     task = Given(CONFIG)
     return train(task, CONFIG, folder, notify=told.append), folder, task, told
@@ -99,7 +99,7 @@ def test_a_run_learns_logs_evaluates_and_traces_once(whole):
     assert [step_of(event) for event in told if event.logged] == [3, 4, 6, 8, 9, 12]
     assert re.fullmatch(r"step 12/12, 42 tokens, [0-9.]+k? tokens/s, loss [0-9.]+, 0 s left", told[-1].describe())
     assert told[0].seconds_left is None
-    # Constants and the weights that training starts from are left alone.
+    # Training leaves constants and the weights that it starts from alone.
     np.testing.assert_array_equal(task.target, LinearMap(CONFIG).target)
     assert all(not value.is_deleted() for value in task.given.values())
 
@@ -122,7 +122,7 @@ def test_ctrl_c_says_how_to_resume_and_a_resumed_run_comes_to_the_same_end(tmp_p
     assert resumed.tokens == whole[0].tokens
     assert without_times(read_journal(tmp_path)) == without_times(read_journal(whole[1]))
     assert isinstance(again[0], str) == (stop >= 4)
-    # And done, it does nothing.
+    # A finished run does nothing.
     again.clear()
     done = train(LinearMap(CONFIG), CONFIG, tmp_path, notify=again.append)
     chex.assert_trees_all_equal(done.params, whole[0].params)
@@ -196,10 +196,10 @@ def test_a_folder_is_one_processes_at_a_time_and_must_be_one(tmp_path):
             pass
 
 
-# Of orbax, whose event loop ends before all that failed in it has.
+# Orbax warns, as its event loop ends before all that failed in it has.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_and_a_damaged_checkpoint_are_told_and_nothing_before_is_lost(tmp_path):
-    """The system cuts a write off; once there is room the run ends as one that had it all the time."""
+    """The system cuts a write off; once there is room the run ends like one that always had it."""
     width, folder = 128, tmp_path / "run"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -207,7 +207,7 @@ def test_a_full_disk_and_a_damaged_checkpoint_are_told_and_nothing_before_is_los
         if step_of(event) == 5:  # not before: a compiled program is kept on disk, too
             while checkpoints_in(folder) != [4]:
                 time.sleep(0.01)
-            # Less than one array takes, however arrays share files.
+            # This is less than one array takes, however arrays share files.
             resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
 
     try:
@@ -235,7 +235,7 @@ def test_a_full_disk_and_a_damaged_checkpoint_are_told_and_nothing_before_is_los
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_as_if_never_killed(tmp_path):
-    """Kills at random moments, one of them for certain during a save, then the end: bit for bit the same."""
+    """It is killed at random moments, one of them during a save, and then ends bit for bit the same."""
     folder = tmp_path / "killed"
     command, environment = [sys.executable, training_worker.__file__, folder], os.environ | {"JAX_PLATFORMS": "cpu"}
     rng = np.random.default_rng(0)

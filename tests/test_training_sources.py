@@ -19,12 +19,12 @@ OPTIONS = SourceOptions(length=128, seed=3)
 
 @pytest.fixture(scope="module")
 def smol():
-    """The default model without its weights: the tokenizer and chat template are what counts here."""
+    """Return the default model without its weights, as only the tokenizer and chat template matter here."""
     return outline("smollm2-135m")
 
 
 class PlainTokenizer:
-    """One letter a token, no chat template."""
+    """A tokenizer of one letter per token, without a chat template."""
 
     has_chat_template = False
     eos_ids = ()
@@ -84,7 +84,7 @@ def test_texts_are_cut_into_windows_that_cover_them(tmp_path: Path) -> None:
     options = SourceOptions(length=17, held_out_least=1)
     mixture = quiet(["text:" + write(tmp_path / "t.txt", text)], base_model(), options)
     (held_out,) = mixture.held_out.values()
-    # 1000 tokens in windows of 16.
+    # The text has 1000 tokens in windows of 16.
     items = [mixture.item(number) for number in range(63 - len(held_out))]
     windows = [turn.forced for item in [*items, *held_out] for turn in item.turns]
     assert all(turn.limit == 0 and turn.forced_weight == 1.0 for item in items for turn in item.turns)
@@ -137,7 +137,7 @@ def test_long_prompts_are_skipped_and_that_is_said_once(tmp_path: Path, smol) ->
 
 
 class Counting:
-    """A source whose items are (its name, number)."""
+    """A source that gives (its name, number) as items."""
 
     held_out = ()
 

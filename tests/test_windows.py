@@ -39,7 +39,7 @@ def test_a_ring_shows_the_last_positions_and_nothing_else(
         assert ring_of([kind], length) == ring_size(window) >= window + 8
         held, prefix, truth = jnp.full((1, 1, length, 1), -1.0), 0, []
         for rows, kept in writes:
-            # Of what is written, negative numbers are wrong guesses.
+            # Negative numbers stand for wrong guesses.
             new = [float(prefix + i) if i < kept else -2.0 for i in range(rows)]
             block = jnp.asarray(new)[None, None, :, None]
             held = cache.write_rows(held, block, jnp.array([prefix]), kinds=[kind])
@@ -66,7 +66,7 @@ def test_only_layers_that_share_a_window_share_a_ring() -> None:
 
 @pytest.fixture(scope="module")
 def plain():
-    """Prompts that end where a ring does, and what AR makes of them without any ring."""
+    """Return prompts, the two long ones ending shortly before a ring does, and the tokens of AR without any ring."""
     rng = np.random.default_rng(5)
     prompts = [rng.integers(3, LLAMA.vocab_size, size).tolist() for size in (2040, 7, 1010)]
     with pytest.MonkeyPatch.context() as patch:
@@ -87,6 +87,6 @@ def plain():
 )
 def test_rings_lose_no_token(plain, method) -> None:
     prompts, tokens = plain
-    # Its cache is another size than that of `plain`, so that no program is taken from there.
+    # Its cache has another size than that of `plain`, so that no program is shared with it.
     out = dex_jax.generate(small_model(CONFIG), prompts, method=method, max_new_tokens=24, exits="shared")
     assert out.tokens.tolist() == tokens

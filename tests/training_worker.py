@@ -1,4 +1,4 @@
-"""A training of a few seconds, as a process of its own that tests may kill.
+"""A training of a few seconds that runs as a process of its own, which tests may kill.
 
 The task learns a linear map from noise.
 """
@@ -21,10 +21,10 @@ WIDTH = 256
 
 
 class LinearMap:
-    """Learns y = x M of width D from B rows of noise a step, with some of the inputs dropped.
+    """A task that learns y = x M of width D from B rows of noise a step, with some of the inputs dropped.
 
     Args:
-      config: its batch is B.
+      config: the training's configuration; its batch is B.
       width: D.
       seconds: how long a batch takes to make.
       broken_from: from this batch on, rows hold NaN.

@@ -1,4 +1,4 @@
-"""Flags of decode.py and the prompts that they name; nothing here imports JAX."""
+"""The flags of decode.py and the prompts that they name; nothing here imports JAX."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ The text goes to stdout, everything else to stderr. Exit codes: 0 done, 1 --chec
 METHODS = {"dex": Dex, "ar": AR}
 
 MOST_TOKENS = 2**24
-"""More is a slip."""
+"""The largest number of tokens that a flag takes; more is a typing error."""
 
 KINDS: dict[str, Any] = {
     "explorers": int,
@@ -46,11 +46,11 @@ KINDS: dict[str, Any] = {
     "seed": whole(0, MOST_SEEDS - 1),
     "num_samples": whole(1, MOST_ROWS),
 }
-"""The functions that read the values of flags; all others are texts."""
+"""The functions that parse the values of flags; all others are texts."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The argument parser of decode.py."""
+    """Return the argument parser of decode.py."""
     p = argparse.ArgumentParser(
         prog=program("decode.py"),
         description="Decode a language model with Depth Exploration Decoding: several exit depths are explored at "
@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_options(add: Any, owner: type) -> None:
-    """Adds a flag for each field of Request or Dex that has one."""
+    """Add a flag for each field of Request or Dex that has one."""
     for field in dataclasses.fields(owner):
         about, name = field.metadata, field.name
         if about["flag"] is None:
@@ -108,7 +108,7 @@ def _add_options(add: Any, owner: type) -> None:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Says on stderr which flags are without effect. DexError: flags that do not go together."""
+    """Tell on stderr which flags are without effect; raise DexError for flags that do not go together."""
     if args.hardware is not None and not args.dry_run:
         raise DexError("--hardware is for estimates: add --dry-run")
     if args.method != "dex":
@@ -134,19 +134,19 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def method_of(args: argparse.Namespace) -> AR | Dex:
-    """The method that the flags name."""
+    """Return the method that the flags name."""
     owner = METHODS[args.method]
     return owner(**{field.name: getattr(args, field.name) for field in dataclasses.fields(owner)})
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `generate` that flags name, but for the method and the draft model, which has to be loaded."""
+    """Return the options of `generate` from the flags, except the method and the draft model, which must be loaded."""
     named = [field.name for field in dataclasses.fields(Request) if field.metadata["flag"] is not None]
     return {name: getattr(args, name) for name in named if name != "draft_model"}
 
 
 def prompts_of(args: argparse.Namespace) -> list[Prompt]:
-    """Prompts of --prompt, then those of --prompt-file. DexError: there are none, or as of `read_prompts`."""
+    """Return the prompts of --prompt, then those of --prompt-file; raise DexError if there are none to be read."""
     prompts: list[Prompt] = list(args.prompt)
     if args.prompt_file is not None:
         prompts += _read_prompts(args.prompt_file)

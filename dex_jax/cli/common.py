@@ -1,4 +1,4 @@
-"""The parts that the command-line programs share: kinds of arguments, program names, where compilations are kept."""
+"""The parts that the command-line programs share: choices and types of flags, and the names of programs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHTS_HELP = """stored: blocks of a .gguf file stay packed, the same numbers a
 model than the checkpoint; dense: in --dtype (stored on CPUs where a C++ compiler is, else dense)"""
 
 INSTALLED = {"decode.py": "dex-decode", "train_exits.py": "dex-train-exits"}
-"""Script of a clone -> the same program as a package installs it."""
+"""The command that the package installs for each script of a clone."""
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -27,19 +27,19 @@ Add = Callable[..., Any]
 
 
 def program(script: str) -> str:
-    """Return the name of a program: the script's, or its installed command's where an installed one is running."""
+    """Return the name of a program: its script, or its installed command where an installed command is running."""
     return INSTALLED[script] if Path(sys.argv[0]).stem in INSTALLED.values() else script
 
 
 def add_model(add: Add) -> None:
-    """Adds --model, --dtype and --weights."""
+    """Add --model, --dtype and --weights."""
     add("--model", default=DEFAULT_MODEL, help="alias, Hugging Face directory, hub id or .gguf file (%(default)s)")
     add("--dtype", choices=DTYPES, help="float32 on CPUs, bfloat16 on GPUs and TPUs unless given")
     add("--weights", choices=WEIGHTS, help=WEIGHTS_HELP)
 
 
 def whole(lowest: int, highest: int) -> Callable[[str], int]:
-    """The kind of a flag that takes a whole number between two bounds, themselves included."""
+    """Return the parser of a flag that takes a whole number from `lowest` to `highest`."""
 
     def read(text: str) -> int:
         with_digits = text.removeprefix("-").isdecimal() and len(text) < 30
@@ -51,7 +51,7 @@ def whole(lowest: int, highest: int) -> Callable[[str], int]:
 
 
 def depths(text: str) -> tuple[int, ...]:
-    """A list of whole numbers with commas between."""
+    """Parse whole numbers with commas between them."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:

@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from dex_jax.language_model import LanguageModel
 
 DIFFERENT = 1
-"""Exit code when --check finds other tokens than AR's."""
+"""The exit code when --check finds other tokens than AR's."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs decode.py with command-line arguments; returns the exit code."""
+    """Run decode.py with command-line arguments and return the exit code."""
     args = parser().parse_args(argv)
     return exit_code(lambda: _run(args), stopped="")
 
 
 def _run(args: argparse.Namespace) -> int:
     check_flags(args)
-    # What can be wrong with prompts is told before JAX is imported, which takes seconds.
+    # Errors in prompts are found before JAX is imported, which takes seconds.
     prompts = [] if args.distributed or args.dry_run else prompts_of(args)
     with phases() as display:
         notify("importing JAX")
@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace) -> int:
         from dex_jax.decoding.plan import opened
         from dex_jax.language_model import outline
 
-        # What has been imported stays: to look through it anew while programs are compiled takes half a second.
+        # Imported objects stay: if the collector went through them while programs compile, it would take half a second.
         gc.freeze()
         args.exits = opened(args.exits)
         model = outline(args.model, args.dtype, *layout_of(args, method), args.weights)
@@ -85,7 +85,7 @@ def _play(
 ) -> None:
     """Decode the prompt once more, tick by tick, and write the page that plays it.
 
-    Where nothing was asked for, one explorer with drafts ran; five without are played, whose picture is richer.
+    Where no method was requested, one explorer with drafts ran; five without drafts are played, as they show more.
     """
     from dex_jax.decoding.trace import trace
     from dex_jax.plot import player
@@ -108,7 +108,7 @@ def _answer(
     options: dict[str, Any],
     compile_seconds: float,
 ) -> int:
-    """Decodes and prints one batch, after `told` prompts of others; returns the exit code."""
+    """Decode and print one batch, after `told` prompts of earlier ones, and return the exit code."""
     options = options | {"seed": options["seed"] + told * args.num_samples}
     with phases():
         updates = _stream(lm, prompts, method, args.json, options)
@@ -142,7 +142,7 @@ def _follow(
     told: int,
     args: argparse.Namespace,
 ) -> tuple[Output, bool]:
-    """Prints text until the stream ends or the user interrupts it: (last output, whether interrupted)."""
+    """Print text until the stream ends or the user interrupts it; return (last output, whether interrupted)."""
     from dex_jax.cli.display import TextPrinter
 
     headings = [_heading(prompt) for prompt in _repeated(prompts, args)]
@@ -187,7 +187,7 @@ def _finish(output: Output, prompts: list[Prompt], checks: list[Check] | None, a
 
 
 def _speaks(args: argparse.Namespace) -> bool:
-    """Return whether this process writes what comes of the prompts: the first of several does."""
+    """Return whether this process writes the results: the only one, or the first of several."""
     if not args.distributed:
         return True
     from dex_jax.distributed import is_first

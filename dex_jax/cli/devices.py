@@ -1,4 +1,4 @@
-"""--mesh and --dry-run: on which devices a model lies, and what it would hold there."""
+"""The flags --mesh and --dry-run: on which devices a model lies, and how much memory it needs there."""
 
 from __future__ import annotations
 
@@ -35,26 +35,25 @@ REMEDIES = {
     "lattice": "lower rows, explorers, or the number of prompts or samples",
     "exits": "use fewer explorers or exits with a smaller vocabulary",
 }
-"""By what memory is for: how less of it is needed."""
-
+"""The advice that lowers the need for memory, by what needs it."""
 
 AT_ONCE = 8
-"""Prompts that a CPU decodes together. Prefill and decoding of 40 took 35 s one by one, and 30, 30, 32 and 42 s in
-batches of 4, 8, 16 and 40 (SmolLM2-135M packed, two cores, 48 tokens each)."""
+"""Number of prompts that a CPU decodes together. Prefill and decoding of 40 took 35 s one by one, and 30, 30, 32 and
+42 s in batches of 4, 8, 16 and 40 (SmolLM2-135M packed, two cores, 48 tokens each)."""
 
 
 def batches_of(prompts: list[Prompt], args: argparse.Namespace) -> list[list[Prompt]]:
-    """The prompts in batches that should answer all of them soonest, or as large as --batch says."""
+    """Split prompts into batches of the size of --batch, or of one that should answer all of them soonest."""
     on_cpu = args.mesh is None and (args.hardware or jax.default_backend()) == "cpu"
     size = args.batch or (AT_ONCE if on_cpu else len(prompts))
     return [prompts[first : first + size] for first in range(0, len(prompts), size)]
 
 
 def layout_of(args: argparse.Namespace, method: Method) -> tuple[Staged | None, Mesh | None]:
-    """The mesh that --mesh names and the layout of weights on it, for the exit depths of the method.
+    """Return the layout of weights for the exit depths of the method, and the mesh that --mesh names.
 
     Raises:
-      DexError: a mesh that cannot be had, or whose stages are not the explorers.
+      DexError: the mesh cannot be made, or its stages are not the explorers.
     """
     if args.mesh is None:
         return None, None
@@ -67,12 +66,12 @@ def layout_of(args: argparse.Namespace, method: Method) -> tuple[Staged | None, 
 
 
 def dry_run(args: argparse.Namespace, method: Method) -> int:
-    """Prints GB per device of weights, caches and exits, and whether they fit; returns exit code 0.
+    """Print the GB of weights, cache, lattice and exits on each device, and whether they fit; return exit code 0.
 
-    Without a prompt, one short prompt is assumed. With --hardware they are those of a device that need not be here.
+    Without a prompt, one short prompt is assumed. With --hardware the device need not be here.
 
     Raises:
-      DexError: as a real run would, for what can be known without weights.
+      DexError: a real run would raise it too, as far as that can be known without weights.
     """
     elsewhere = None if args.hardware is None else hardware(args.hardware).device
     if elsewhere is not None and args.mesh is not None:
@@ -116,7 +115,7 @@ def _outline(
     mesh: Mesh | None = None,
     layout: Staged | None = None,
 ) -> Outline:
-    """A model as it would lie on the device at hand or elsewhere."""
+    """Return the outline of a model on the device at hand, or on the device `elsewhere`."""
     checkpoint, weights, platform = open_checkpoint(source), args.weights, None
     if elsewhere is None or elsewhere.name == "cpu":
         dtype = resolve_dtype(args.dtype)
@@ -127,7 +126,7 @@ def _outline(
 
 
 def held(session: Session) -> dict[str, int]:
-    """Bytes on each device of all weights, committed caches, trained exits, and what else ticks carry (the lattice)."""
+    """Return bytes on each device: of weights, committed cache, the rest of the state (the lattice), trained exits."""
     found: dict[str, Any] = {}
 
     def seen(program: Any, *arguments: Any, **statics: Any) -> Any:
@@ -143,7 +142,7 @@ def held(session: Session) -> dict[str, int]:
 
 
 def free_memory() -> int | None:
-    """Bytes free on the first device; on a CPU, memory that this process can get. None when unknown."""
+    """Return the bytes free on the first device, on a CPU what this process can get; None when unknown."""
     device = jax.devices()[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
@@ -157,7 +156,7 @@ def free_memory() -> int | None:
 
 
 def _text(path: str) -> str:
-    """Return what a file says, "" where there is none."""
+    """Return the text of a file, or "" where there is none."""
     try:
         return Path(path).read_text(encoding="ascii")
     except OSError:
@@ -165,7 +164,7 @@ def _text(path: str) -> str:
 
 
 def verdict(sizes: dict[str, int], memory: float | None) -> str:
-    """One sentence: whether it fits, and what to lower if not. Programs have room for their temporaries beside it."""
+    """Return a sentence on whether it fits, with room for the programs' temporaries, and on what to lower if not."""
     total = sum(sizes.values())
     if memory is None:
         return f"needs {total / 1e9:.2f} GB; the device does not say how much memory it has."

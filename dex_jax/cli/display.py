@@ -1,4 +1,4 @@
-"""Show a person the streamed text, coloured by depth if asked, and the summary."""
+"""The text that streams to a terminal, coloured by depth if requested, and the summary after it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ BAR_WIDTH = 30
 
 
 class TextPrinter:
-    """Streams the sequences of a batch to stdout, one after the other, each as far as it has come.
+    """The printer that streams the sequences of a batch to stdout, one after the other.
 
     Args:
       tokenizer: of the model; None prints token ids.
       prompts: a heading for each sequence; headings are printed only when there are several.
       color_depth: colour each token by its exit, where stdout is a terminal.
-      told: how many sequences others have printed.
+      told: number of sequences of earlier batches.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, prompts: list[str], color_depth: bool, told: int = 0):
@@ -39,7 +39,7 @@ class TextPrinter:
         self.stream = self._begin()
 
     def update(self, output: Output, stops: bool) -> None:
-        """Prints what is new. With stop strings (`stops`) text is final only when its sequence has ended."""
+        """Print what is new; with stop strings (`stops`) text is final only when its sequence has ended."""
         while self.row < len(self.prompts):
             length = int(output.lengths[self.row])
             finished = bool(output.finished[self.row])
@@ -61,7 +61,7 @@ class TextPrinter:
                 self.stream = self._begin()
 
     def close(self) -> None:
-        """Ends the current sequence's text with a newline."""
+        """End the current sequence's text with a newline."""
         self._write((self.stream.flush() if self.stream else "") + "\n")
 
     def _begin(self) -> TextStream | None:
@@ -81,7 +81,7 @@ class TextPrinter:
 
 
 def show(output: Output, checks: list[Check] | None, colors: bool) -> None:
-    """Prints on stderr what follows the text: what its colours mean, counts, times, and a bar for each exit."""
+    """Print on stderr what follows the text: the meaning of its colours, counts, times, and a bar for each exit."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print()
     if colors:
@@ -99,7 +99,7 @@ def show(output: Output, checks: list[Check] | None, colors: bool) -> None:
 
 
 def summary(output: Output, checks: list[Check] | None) -> str:
-    """The lines after the text: counts, times, and a bar for each exit."""
+    """Return the lines after the text: counts, times, and a bar for each exit."""
     stats, plan = output.stats, output.stats.plan
     after_first = int((output.lengths - 1).sum())
     rate = f"{after_first / stats.decode_seconds:.1f} tok/s" if stats.decode_seconds > 0 and after_first else "n/a"
@@ -131,7 +131,7 @@ def _over(count: int, other: int) -> float:
 
 
 def _measured(output: Output) -> list[str]:
-    """The rows that ticks ran, and how AR, which runs one, compares by what one took here."""
+    """Return a line on the rows that ticks ran, and an estimate of AR's time from the ticks of one row."""
     stats = output.stats
     ran = {rows: ticks for rows, ticks in stats.rows_run.items() if ticks}
     if not ran:

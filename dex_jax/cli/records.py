@@ -13,7 +13,7 @@ from dex_jax.decoding.output import Output
 
 
 def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: Check | None) -> dict[str, Any]:
-    """One sequence as a JSON-ready dict.
+    """Return one sequence as a JSON-ready dict.
 
     Keys: prompt (as given), text, tokens (ids, an ending EOS included), prompt_tokens and new_tokens (counts), finished
     (False only when interrupted), method ("dex", or "ar" also where that was chosen), draft (whether exit 0 drafts),
@@ -22,7 +22,7 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
     token), rows_run (how many ticks of the batch ran so many rows, by rows; {} where all run the same), row_seconds (of
     a tick of one row, null where too few ran), compile_seconds, prefill_seconds and decode_seconds (of the
     whole batch), tokens_per_second ((n - 1) / decode_seconds of this sequence, null for one token), device, dtype,
-    weights (the dtype, or the formats of packed ones), seed (null when greedy), and check when asked for (identical,
+    weights (the dtype, or the formats of packed ones), seed (null when greedy), and check when requested (identical,
     first_divergence, top2_margin; see dex_jax.decoding.check).
     """
     stats, length = output.stats, int(output.lengths[row])
@@ -53,7 +53,7 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
 
 
 def _at(figures: np.ndarray | None, row: int) -> int | float | None:
-    """One sequence's figure; None where it is undefined."""
+    """Return one sequence's figure, None where it is undefined."""
     if figures is None:
         return None
     figure = figures[row].item()

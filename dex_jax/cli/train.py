@@ -1,4 +1,4 @@
-"""The train_exits.py program: training; `train_results` holds its other commands."""
+"""The train_exits.py program, which trains; `train_results` holds its other commands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMMANDS = {"export": (export_parser, export), "evaluate": (evaluate_parser, eva
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs train_exits.py with command-line arguments; returns the exit code. SystemExit: 2, for unknown flags."""
+    """Run train_exits.py with command-line arguments and return the exit code; unknown flags raise SystemExit(2)."""
     argv = sys.argv[1:] if argv is None else argv
     parser, command = COMMANDS.get(argv[0] if argv else "", (train_parser, _train))
     args = parser().parse_args(argv if command is _train else argv[1:])
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             command(args)
         except RuntimeError as error:
-            # What JAX raises where memory is allocated, and it has no class of its own for that.
+            # JAX has no exception class of its own for this.
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             lower = ": lower --batch" if hasattr(args, "batch") else ""
@@ -94,7 +94,7 @@ def _train_timed(args: argparse.Namespace) -> None:
 
 
 def _decode(model: str) -> str:
-    """The command that decodes with a model, without a prompt."""
+    """Return the command that decodes with a model, without a prompt."""
     return program("decode.py") + ("" if model == DEFAULT_MODEL else f" --model {model}")
 
 
@@ -112,7 +112,7 @@ def _exits_to_start_from(name: str, config: ExitTraining) -> TrainedExits:
 
 
 def _mesh(devices: int, batches: Sequence[int]) -> Any:
-    """Return a mesh of so many devices, None for one. DexError: they cannot share a batch, or are not there."""
+    """Return a mesh of so many devices, None for one; raise DexError if they cannot share a batch or are not there."""
     for batch in batches:
         if batch % devices:
             raise DexError(

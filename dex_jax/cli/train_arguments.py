@@ -1,4 +1,4 @@
-"""Flags of train_exits.py, and the configuration that they change."""
+"""The flags of train_exits.py, and the configuration that they change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 OF_EVERY_TRAINING = ("batch", "dtype")
 OF_THE_LAST_TRAINING = ("steps", "minutes", "learning_rate", "seed")
-"""Settings of `TrainConfig` that flags change, of all trainings and of the one that comes last."""
+"""Settings of `TrainConfig` that flags change, in all trainings and in the last one only."""
 
 TRAIN_EPILOG = """\
 further commands, each with --help:
@@ -36,7 +36,7 @@ A run that was stopped or killed goes on when the same command is given again. E
 
 
 def train_parser() -> argparse.ArgumentParser:
-    """The parser of train_exits.py without a command."""
+    """Return the parser of train_exits.py without a command."""
     p = argparse.ArgumentParser(
         prog=program("train_exits.py"),
         description="Train a drafter, or exits, for a frozen model: in so many minutes, at the end of which what they "
@@ -86,7 +86,7 @@ def train_parser() -> argparse.ArgumentParser:
 
 
 def export_parser() -> argparse.ArgumentParser:
-    """The parser of `train_exits.py export`."""
+    """Return the parser of `train_exits.py export`."""
     p = argparse.ArgumentParser(
         prog=program("train_exits.py") + " export",
         description=f"Write a run's exits to one file, for {program('decode.py')} --exits. Of a run that has not "
@@ -102,7 +102,7 @@ def export_parser() -> argparse.ArgumentParser:
 
 
 def evaluate_parser() -> argparse.ArgumentParser:
-    """The parser of `train_exits.py evaluate`."""
+    """Return the parser of `train_exits.py evaluate`."""
     p = argparse.ArgumentParser(
         prog=program("train_exits.py") + " evaluate",
         description="Let the model answer prompts greedily, then measure what each exit would have said: agreement, "
@@ -121,7 +121,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
 
 
 def read_config(path: str) -> ExitTraining:
-    """The `config` of a Python file. DexError: no such file, an error in it, or no configuration in it."""
+    """Return the `config` of a Python file; raise DexError if there is no file, an error or no configuration in it."""
     if not Path(path).is_file():
         raise DexError(f"there is no configuration file {path}: give one such as configs/smollm2_135m.py")
 
@@ -132,7 +132,7 @@ def read_config(path: str) -> ExitTraining:
         found = runpy.run_path(path).get("config")
     except DexError as error:
         raise DexError(f"{path}: {error}") from error
-    # Whatever a user's file can raise.
+    # A user's file can raise anything.
     except (Exception, SystemExit) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise DexError(f"{path} cannot be run as a configuration ({why}): mend it") from error
@@ -143,7 +143,7 @@ def read_config(path: str) -> ExitTraining:
 
 
 def configured(args: argparse.Namespace) -> ExitTraining:
-    """The configuration of --config with what flags change. DexError: as `read_config`, or flags that do not fit it."""
+    """Return the configuration of --config with the changes of flags; raise DexError where they do not fit."""
     config = read_config(args.config)
     return _configured(config, args, (*OF_EVERY_TRAINING, *OF_THE_LAST_TRAINING))
 
@@ -158,13 +158,13 @@ def _configured(config: ExitTraining, args: argparse.Namespace, names: Sequence[
     if args.tokens is not None:
         changes["tokens"] = args.tokens
     if config.first is not None:
-        # What one starts from takes the place of a first training.
+        # The exits of --init-from take the place of a first training.
         changes["first"] = None if args.init_from is not None else _configured(config.first, args, OF_EVERY_TRAINING)
     return dataclasses.replace(config, **changes)
 
 
 def folder_of(args: argparse.Namespace) -> Path:
-    """The folder of the run that the flags name."""
+    """Return the folder of the run that the flags name."""
     if args.folder is not None:
         return Path(args.folder)
     if args.config is not None:
@@ -174,7 +174,7 @@ def folder_of(args: argparse.Namespace) -> Path:
 
 
 def check_timed(args: argparse.Namespace) -> None:
-    """Refuses flags that mean nothing together, before anything is loaded. DexError: those."""
+    """Raise DexError for flags that mean nothing together, before anything is loaded."""
     if args.config is not None:
         if args.explorers is not None:
             raise DexError(

@@ -1,4 +1,4 @@
-"""The commands of train_exits.py for exits that are trained: `export` and `evaluate`."""
+"""The commands of train_exits.py for trained exits: `export` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Writes a run's exits to one file and says how large it is. DexError: no exits there, or it cannot be written."""
+    """Write a run's exits to one file and print its size; raise DexError if there are none or writing fails."""
     from dex_jax.io.exits_file import FILE_NAME, check_exits_path, load_exits, save_exits
 
     folder, output = Path(args.folder), Path(args.output)
@@ -33,7 +33,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def exits_of_checkpoint(folder: Path, step: int | None = None) -> TrainedExits:
-    """The exits of a checkpoint after `step` updates, None: the newest. DexError: there is none, or it has no exits."""
+    """Return the exits of the checkpoint after `step` updates, or of the newest; raise DexError if there are none."""
     import jax.numpy as jnp
     import numpy as np
     from flax import nnx
@@ -63,7 +63,7 @@ def exits_of_checkpoint(folder: Path, step: int | None = None) -> TrainedExits:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Measures exits on the model's greedy answers, and prints tables. DexError: what is not there or does not fit."""
+    """Measure exits on the model's greedy answers and print tables; raise DexError if anything is missing or unfit."""
     from dex_jax.io.whole_files import write_json
     from dex_jax.language_model import load
     from dex_jax.training.figures import grouped_figures, tables
@@ -79,7 +79,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def chosen_exits(args: argparse.Namespace, lm: LanguageModel) -> TrainedExits:
-    """The exits that --exits names; shared ones at the depths that figures need. DexError: none there."""
+    """Return the exits that --exits names, shared ones at depths of even grids; raise DexError if there are none."""
     from dex_jax.io.exits_file import default_exits, load_exits
 
     if args.exits == "shared":
@@ -97,7 +97,7 @@ def chosen_exits(args: argparse.Namespace, lm: LanguageModel) -> TrainedExits:
 
 
 def answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[Text]]:
-    """Prompts with their answers, by the stems of the files, or by all of their paths where stems are equal."""
+    """Return prompts with the model's answers by the stem of their file, or by its path where stems are equal."""
     from dex_jax.prompt_files import read_prompts
     from dex_jax.training.figures import answers
 

@@ -1,1 +1,1 @@
-"""Decoding methods: the loop, AR, and generate()."""
+"""The decoding methods: the loop of DEX, AR, and generate()."""

@@ -18,7 +18,7 @@ from dex_jax.sampling import Sampling, choose, position_noise
 
 
 class ARState(NamedTuple):
-    """All that AR carries from step to step."""
+    """The state that AR carries from step to step."""
 
     tick: jax.Array  # int32, steps since the start
     token: jax.Array  # [B] int32, the last emitted token, not yet in memory
@@ -28,18 +28,18 @@ class ARState(NamedTuple):
 
 
 def init(memory: Memory, first_token: jax.Array, position: jax.Array, *, capacity: int, limits: Limits) -> ARState:
-    """The state after prefill: first_token [B] at absolute `position` [B]."""
+    """Return the state after prefill: first_token [B] stands at absolute `position` [B]."""
     return ARState(jnp.int32(0), first_token, position, memory, begin(first_token, capacity, limits))
 
 
 def step(model: Transformer, state: ARState, limits: Limits, sampling: Sampling | None) -> ARState:
-    """One token for every sequence that is not done."""
+    """Decode one token for every sequence that is not done."""
     states, memory = extend(model, state.memory, state.token[:, None], state.prefix)
     return emitted(state, memory, next_token(model, states[-1][:, 0], state.prefix + 1, sampling), limits)
 
 
 def emitted(state: ARState, memory: Memory, token: jax.Array, limits: Limits) -> ARState:
-    """The state after a step with the token [B] that it gives each sequence; those that are done take none."""
+    """Return the state after a step that gives each sequence its token [B]; those that are done take none."""
     active = ~state.record.done
     record = emit(state.record, token, jnp.ones_like(token), active, limits)
     return ARState(
@@ -52,7 +52,7 @@ def emitted(state: ARState, memory: Memory, token: jax.Array, limits: Limits) ->
 
 
 def next_token(model: Transformer, hidden: jax.Array, position: jax.Array, sampling: Sampling | None) -> jax.Array:
-    """The token at absolute `position` [B] given final hidden states [B, D] of the one before: [B] int32."""
+    """Return the token at absolute `position` [B] by the final hidden states [B, D] of the one before: [B] int32."""
     noise = None
     if sampling is not None:
         noise = jax.vmap(position_noise, (0, 0, None))(sampling.keys, position, model.config.vocab_size)

@@ -1,4 +1,4 @@
-"""The method that runs where none was asked for."""
+"""The choice of a method where the user gave none."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dex_jax.io.exits_file import TrainedExits
 from dex_jax.nn.sharding import DATA, STAGE
 
 FEWEST_STAGES = 3
-"""Explorers on accelerators begin with so many stages. A tree waits for one stage after the other, which counts for
-little with two of them."""
+"""The fewest stages with which accelerators run an explorer on each. A tree waits for one stage after the other,
+which costs little with two of them."""
 
 MANY = 4
-"""A CPU decodes so many sequences and more plainly, as they are as many rows as pay. Drafts took 8% longer in batches
-of 4, and 25% in batches of 16 (benchmarks/speed.py --batch, at commit 55b52f5)."""
+"""The smallest batch that a CPU decodes by AR, as the sequences alone are as many rows as pay. Drafts took 8% longer in
+batches of 4, and 25% in batches of 16 (benchmarks/speed.py --batch, at commit 55b52f5)."""
 
 
 class MethodChoice(NamedTuple):
-    """A method, the exits that it uses, and why."""
+    """A method, the exits that it uses, and why it was chosen."""
 
     method: Method
     exits: GivenExits
@@ -32,11 +32,11 @@ class MethodChoice(NamedTuple):
 def choose_method(
     method: Method, exits: GivenExits, fingerprint: str, mesh: Mesh | None = None, sequences: int = 1
 ) -> MethodChoice:
-    """The method that runs, with which exits, for so many `sequences`.
+    """Return the method to run on a batch of `sequences`, the exits that it uses, and why.
 
-    What the user gave as `method` is replaced only if it is Dex() without any field. One explorer is never slower than
-    AR by more than what it takes to see that drafts are wrong: its ticks choose their rows (decoding/dex/pace.py).
-    Explorers side by side on one device take turns. A DexError for exits that cannot be read.
+    Any `method` but Dex() without fields is kept; on a mesh it gets an explorer a stage unless it says how many. One
+    explorer is slower than AR at most by the time that it takes to see that drafts are wrong: its ticks choose their
+    rows (decoding/dex/pace.py). Several explorers on one device take turns. Raise DexError for unreadable exits.
     """
     if method != Dex():
         return MethodChoice(with_stages(method, None if mesh is None else mesh.shape[STAGE]), exits)

@@ -1,7 +1,7 @@
-"""Are two outputs the same, and if not, how close was the choice where they part?
+"""The comparison of two outputs, and of how close the two best tokens were where the outputs first differ.
 
-On a real model in floating point a first divergence is a tie, not a bug, only if the top-2 margin there is tiny:
-batches of different shapes add in different orders.
+Batches of different shapes add in different orders, so in floating point two outputs may differ where the two best
+tokens are almost equal. Such a divergence is a tie; where the margin is larger, it is a bug.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ from dex_jax.language_model import LanguageModel
 from dex_jax.sampling import Sampling, position_noise, scores
 
 CLOSE = {"float32": 1e-4, "float16": 2.0**-8, "bfloat16": 2.0**-5}
-"""By dtype: two scores closer than this share of the largest |logit| may change places by rounding alone."""
+"""The largest margin of a tie, by dtype: closer than this share of the largest |logit|, scores may swap by rounding."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """Comparison of one sequence with the reference.
+    """The comparison of one sequence with the reference.
 
     Attributes:
-      identical: all tokens are equal.
+      identical: whether all tokens are equal.
       first_divergence: index of the first new token that differs, None if none does.
-      top2_margin: there, best minus second-best of what the argmax is taken of (noise included), over the largest
-        |logit|; None if none differs.
+      top2_margin: best minus second-best score there (noise included), over the largest |logit|; None if none differs.
     """
 
     identical: bool
@@ -52,13 +51,15 @@ def compare(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> list[Check]:
-    """Compares two outputs of the same prompts and seeds, sequence by sequence.
+    """Compare two outputs of the same prompts and seeds, sequence by sequence.
 
     Args:
       lm: the model that made both.
-      output: what is checked.
-      reference: what it should be, such as AR's.
-      temperature, top_k, top_p: that both were made with.
+      output: the output to check.
+      reference: the output that it should equal, such as AR's.
+      temperature: as it was for both.
+      top_k: as it was for both.
+      top_p: as it was for both.
 
     Returns:
       One Check for each of the B sequences.
@@ -80,7 +81,7 @@ def compare(
 def compare_tokens(
     lm: LanguageModel, prompt: list[int], ours: list[int], theirs: list[int], sampling: Sampling | None = None
 ) -> Check:
-    """Compares the new tokens of one sequence with the reference's; sampling: keys of one sequence, None for greedy."""
+    """Compare the new tokens of one sequence with the reference's; `sampling` is of one sequence, None for greedy."""
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     if at == len(ours) == len(theirs):
         return Check(True, None, None)
@@ -88,7 +89,7 @@ def compare_tokens(
 
 
 def top2_margin(lm: LanguageModel, ids: list[int], sampling: Sampling | None = None) -> float:
-    """Best minus second-best score of the token after `ids`, over max |logit|; sampling: keys of one sequence."""
+    """Return the best minus the second-best score after `ids`, over max |logit|; `sampling` is of one sequence."""
     logits = logits_of(lm, [ids])[0, -1]
     adjusted = logits
     if sampling is not None:
@@ -99,7 +100,7 @@ def top2_margin(lm: LanguageModel, ids: list[int], sampling: Sampling | None = N
 
 
 def logits_of(lm: LanguageModel, tokens: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> jax.Array:
-    """Final logits at every position, wherever the model lies: tokens [B, T] int32 -> [B, T, V] float32."""
+    """Return the final logits at every position, on one device or a mesh: tokens [B, T] int32 -> [B, T, V] float32."""
     if lm.mesh is None:
         return lm.logits(tokens)
     return mesh_logits(lm.config, lm.layout, lm.mesh, lm.weights, jnp.asarray(tokens, jnp.int32))

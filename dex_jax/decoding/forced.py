@@ -1,11 +1,11 @@
-"""The one teacher-forcing pass: what exits say at every answer position of known texts, and what DEX would count there.
+"""The teacher-forced pass: what exits give at every answer position of known texts, and what DEX would count there.
 
-Every text runs through the model once. Of an exit's logits only the best few tokens and some figures leave the device,
-and those of one exit at one block of positions are all that exists at a time.
+Every text runs through the model once. Only the best few tokens of each exit and its divergence leave the device, and
+only the logits of one exit at one block of positions exist at a time.
 
-An exit reads the state at its depth; of some kinds also the features of the position before, as deep as that has got.
-Nothing else of a run matters to it: an *ask* is (depth of the exit, depth whose features of the position before it
-reads, L for the true final ones).
+An exit reads the state at its depth and, if its kind does, the features of the position before at the depth that this
+position has reached. Nothing else of a run matters to it, so an *ask* is (depth of the exit, depth of the features of
+the position before that it reads, L for the true final ones).
 
 Letters: N answer positions, X trained depths, P asks, Q depths that asks read, C best tokens kept, L layers, K stages,
 B texts of a batch, R padded length, A longest answer, D width, M rows of a block, V' draft vocabulary.
@@ -38,12 +38,12 @@ from dex_jax.nn.targets import Vocabulary, targets
 from dex_jax.nn.weights import merge_model
 
 Text = tuple[Sequence[int], Sequence[int]]
-"""(token ids of the prompt, token ids of the answer)."""
+"""The token ids of a prompt, and those of its answer."""
 
 Ask = tuple[int, int]
 
 BLOCK = 256
-"""Positions whose logits exist at one time, of one exit."""
+"""Number of positions at which the logits of one exit exist at a time."""
 
 LENGTH_STEP = 64
 
@@ -60,16 +60,16 @@ class Forced:
     """The outputs of exits at every answer position of some texts, one text after the other, N positions in all."""
 
     layers: int  # L
-    exits: ExitsConfig  # of which kind they are, at X depths
+    exits: ExitsConfig  # their kind, and X depths
     asks: tuple[Ask, ...]  # P, in the order of the arrays
-    grids: tuple[tuple[int, ...], ...]  # depths x_1 < ... < x_K = L of the grids whose asks are all there
+    grids: tuple[tuple[int, ...], ...]  # depths x_1 < ... < x_K = L of the grids that `asks` serve
     said: Said  # arrays on the host; C >= K - 1 for every grid unless V' is smaller
     target: np.ndarray  # [N] int32, the answers' tokens
     held: np.ndarray  # [N] bool, whether the draft vocabulary holds the target
-    lengths: tuple[int, ...]  # how many positions each text has
+    lengths: tuple[int, ...]  # the number of positions of each text
 
     def of(self, texts: Sequence[int]) -> Forced:
-        """The same of some of the texts, by number."""
+        """Return the same for some of the texts, by number."""
         starts = np.concatenate([[0], np.cumsum(self.lengths)])
         at = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in texts])
         return dataclasses.replace(
@@ -89,20 +89,20 @@ def force(
     *,
     batch: int = 8,
 ) -> Forced:
-    """Asks every exit with true features at every answer position, and all that DEX would ask on some grids.
+    """Ask every exit with true features at every answer position, and make all other asks of DEX on some grids.
 
-    For kind "attn" and more than three stages one thing is an approximation: of a node's ancestors that are not
-    committed yet, only the parent is hidden from the context layer, while older ones count as committed.
+    For kind "attn" and more than three stages one thing is an approximation: the context layer sees a node's
+    ancestors as committed, except its parent, even where they are not committed yet.
 
     Args:
       lm: the model.
       exits: at trained depths below L; they are cast to the model's dtype.
-      texts: (prompt, answer) of token ids; nothing counts after an EOS.
+      texts: (prompt, answer) of token ids; an answer ends with its first EOS.
       grids: x_1 < ... < x_K = L each, all but the last among the trained depths.
       batch: B.
 
     Raises:
-      DexError: exits that do not fit the model, or texts without a prompt or an answer or too long.
+      DexError: exits that do not fit the model, no texts, or texts without a prompt or an answer or too long.
     """
     _check_exits(lm.config, exits)
     kept = [_checked(lm, number, *text) for number, text in enumerate(texts, 1)]
@@ -150,9 +150,9 @@ def force(
 
 
 def first_exits(forced: Forced, depths: Sequence[int], born: int, decs: bool = True) -> np.ndarray:
-    """The first of exits 1 .. K-1 that gives each next token under a node that was `born` at an exit 1 .. K.
+    """Return the first of exits 1..K-1 that gives each next token under a node that was `born` at an exit 1..K.
 
-    With `decs` an exit passes over what the exits before it proposed. [N] int32: 1..K, K where none gives it.
+    With `decs` an exit passes over what the exits before it proposed. The result is [N] int32, K where none gives it.
     """
     stages, layers = len(depths), forced.layers
     right, held = [], np.full((len(forced.target), stages - 1), NO_TOKEN, np.int32)
@@ -170,7 +170,7 @@ def first_exits(forced: Forced, depths: Sequence[int], born: int, decs: bool = T
 
 
 def dex_exits(forced: Forced, depths: Sequence[int], decs: bool = True) -> list[np.ndarray]:
-    """`Stats.exits` [n] of DEX on each text, with x_1 < ... < x_K = L of the grids and rows that never prune."""
+    """Return `Stats.exits` [n] of DEX on each text, for `depths` among the grids and rows that never prune."""
     stages, start, every = len(depths), 0, []
     first = {born: first_exits(forced, depths, born, decs) for born in range(1, stages + 1)}
     for length in forced.lengths:
@@ -189,7 +189,7 @@ def forced_exits(
     schedule: Plan,
     exits: TrainedExits | None = None,
 ) -> np.ndarray:
-    """The exit that first gives each of the n tokens emitted greedily after a prompt: [n] int32 as Stats.exits.
+    """Return the exit that first gives each of n tokens emitted greedily after a prompt: [n] int32 as Stats.exits.
 
     With rows that never prune, the loop's `exits` and ticks equal these counts (but see `force`); with fewer rows they
     are never smaller. `exits` are trained ones, x_1 .. x_{K-1} among their depths; None for the model's own head.
@@ -202,7 +202,7 @@ def forced_exits(
 
 
 def shared_exits(lm: LanguageModel, depths: tuple[int, ...]) -> TrainedExits:
-    """The model's own final norm and unembedding at some depths, without any training."""
+    """Return exits of kind "shared", the model's own final norm and unembedding at some depths."""
     config = ExitsConfig("shared", depths, lm.config.width, norm_eps=lm.config.norm_eps)
     model = merge_model(lm.config, lm.weights)
     parameters = parameters_of(initial_heads(config, model.final_scale))
@@ -210,7 +210,7 @@ def shared_exits(lm: LanguageModel, depths: tuple[int, ...]) -> TrainedExits:
 
 
 def batches(lengths: Sequence[int], batch: int) -> Iterator[list[int]]:
-    """Numbers of texts to run together, by length, all batches but the last full.
+    """Yield the numbers of texts to run together, by length; all batches but the last are full.
 
     Examples:
       >>> list(batches([100, 120, 10, 200, 110], 2))
@@ -222,9 +222,9 @@ def batches(lengths: Sequence[int], batch: int) -> Iterator[list[int]]:
 
 
 def _checked(lm: LanguageModel, number: int, prompt: Sequence[int], answer: Sequence[int]) -> Text:
-    """The text up to the answer's first EOS.
+    """Return the text up to the answer's first EOS.
 
-    A DexError for no prompt or no answer, too many tokens for the model, or ids that it does not have.
+    Raise DexError for no prompt or no answer, too many tokens for the model, or ids that it does not have.
     """
     end = next((i + 1 for i, token in enumerate(answer) if token in lm.eos_ids), len(answer))
     if not len(prompt) or not end:
@@ -241,7 +241,7 @@ def _checked(lm: LanguageModel, number: int, prompt: Sequence[int], answer: Sequ
 
 
 def _padded(texts: Sequence[Text], batch: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids [B, R], answer positions [B, A]); rows and positions beyond a text's end hold anything."""
+    """Return (ids [B, R], answer positions [B, A]); rows and positions beyond a text's end hold anything."""
     length = max(len(prompt) + len(answer) for prompt, answer in texts) - 1
     ids = np.zeros((batch, -(-length // LENGTH_STEP) * LENGTH_STEP), np.int32)
     at = np.zeros((batch, longest), np.int32)
@@ -273,7 +273,7 @@ def _check_exits(model: ModelConfig, found: TrainedExits) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Statics:
-    """The static values that the compiled programs depend on beside shapes."""
+    """The static values that the compiled programs depend on, beside shapes."""
 
     config: ModelConfig
     exits: ExitsConfig
@@ -282,7 +282,7 @@ class Statics:
 
     @property
     def sources(self) -> tuple[int, ...]:
-        """The Q depths whose features of the position before asks read."""
+        """The Q depths of the features of the position before that asks read."""
         return tuple(sorted({source for _, source in self.asks}))
 
 
@@ -292,14 +292,14 @@ class Rows(NamedTuple):
     states: jax.Array  # [X, B A, D], hidden states at the trained depths
     final: jax.Array  # [B A, D], features after the final norm at depth L
     previous: jax.Array | None  # [Q, B A, D], features of the position before; None for exits that do not read them
-    context: jax.Array | None  # [Q, B A, D], from the context layer; None but for kind "attn"
+    context: jax.Array | None  # [Q, B A, D], from the context layer; None unless the kind is "attn"
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def answer_rows(
     statics: Statics, weights: Any, parameters: dict[str, jax.Array], ids: jax.Array, at: jax.Array
 ) -> Rows:
-    """Runs ids [B, R] and gathers what exits read at positions `at` [B, A]."""
+    """Run ids [B, R] and gather what exits read at positions `at` [B, A]."""
     config, exits = statics.config, statics.exits
     model = merge_model(config, weights)
     batch, length = ids.shape
@@ -319,7 +319,7 @@ def answer_rows(
     previous, context = gathered(before[np.asarray(places)]), None
     if heads.context is not None:
         read = previous.reshape(len(places), *at.shape, -1)
-        # Behind a parent that has not finished, the newest committed position is the one before it.
+        # If the parent has not finished, the newest committed position is the one before it.
         newest = jnp.asarray([1 if source == config.num_layers else 2 for source in statics.sources])
         context = _contexts(heads.context, model.embed_tokens(ids), before[-1], read, at, newest)
         context = context.reshape(previous.shape)
@@ -329,7 +329,7 @@ def answer_rows(
 def _contexts(
     context: Context, embedded: jax.Array, true: jax.Array, previous: jax.Array, at: jax.Array, newest: jax.Array
 ) -> jax.Array:
-    """The context layer at positions `at` [B, A] for each depth whose features are `previous`: [Q, B, A, D].
+    """Run the context layer at positions `at` [B, A] for the features `previous` of each depth: [Q, B, A, D].
 
     `embedded` and `true` [B, R, D] are token embeddings and the true features before each position, `newest` [Q] int32
     says how far back the newest committed position is.
@@ -358,7 +358,7 @@ def ask_exits(
     rows: Rows,
     block: jax.Array,
 ) -> Said:
-    """All asks at the rows that `block` [M] int32 names, one ask's logits at a time; `draft` is [V'] int32 or None."""
+    """Run all asks at the rows `block` [M] int32, with one ask's logits at a time; `draft` is [V'] int32 or None."""
     model = merge_model(statics.config, weights)
     unembed, cap = model.vocabulary_kernel, statics.config.logit_cap
     vocabulary = Vocabulary(unembed, None if draft is None else unembed[draft], draft, cap)
@@ -378,7 +378,7 @@ def ask_exits(
         if draft is not None:
             log_all = jnp.logaddexp(log_all, rest)
             expected = expected + jnp.where(goal.outside > 0, goal.outside * rest, 0.0)
-        # Asked for values too, XLA sorts the whole vocabulary on CPUs and the program takes six times as long.
+        # If the values are used too, XLA sorts the whole vocabulary on CPUs, and the program takes six times as long.
         column = jax.lax.top_k(logits, statics.count)[1]
         best = column if draft is None else draft[column]
         return None, (best, log_all - expected - goal.entropy)

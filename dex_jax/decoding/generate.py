@@ -1,4 +1,4 @@
-"""generate() and stream(): prompts in, text and counts out."""
+"""The functions generate() and stream(), which take prompts and return text and counts."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 TICKS_PER_CALL = 16
 
 MOST_SEQUENCES = 4096
-"""Number of sequences that a batch may hold at most: far more than any device decodes at once."""
+"""The most sequences that a batch may hold: far more than any device decodes at once."""
 
 
 @explained
 def generate(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any) -> Output:
-    """Generates continuations of a batch of prompts.
+    """Generate continuations of a batch of prompts.
 
-    What it is doing meanwhile is told to whoever is `dex_jax.progress.listening`.
+    Whoever is `dex_jax.progress.listening` is told what it is doing meanwhile.
 
     Args:
       lm: from `dex_jax.load`.
@@ -97,16 +97,16 @@ def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any
         output = _output(session, stops, record, times)
         yield output
     if len(session.lengths) * session.cache_length > ALONE:
-        del session  # what it held of long texts, or of many, would stay with the process
+        del session  # otherwise the process keeps the memory of long texts, or of many
         return_free_memory()
 
 
 @explained
 def precompile(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any) -> float:
-    """Checks prompts and options and compiles what `stream` would run with them; returns the seconds it took.
+    """Check prompts and options, compile what `stream` would run with them, and return the seconds it took.
 
-    With an Outline this happens before any weight is loaded, so that bad input costs nothing and what compilation needs
-    of memory does not come on top of the weights. Errors are those of `stream`.
+    With an Outline this happens before any weight is loaded, so that bad input costs nothing and the memory that
+    compilation needs does not come on top of the weights. Errors are those of `stream`.
 
     Args:
       lm: a model, or what is known of it before it is loaded.
@@ -120,7 +120,7 @@ def precompile(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], 
 
 
 def prepare(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], request: Request) -> Session:
-    """The session that answers a request: its prompts are encoded and it is planned, nothing has run."""
+    """Build the session of a request: encode its prompts and plan it, but run nothing."""
     ids = tokens_of(lm, prompts, request) if lm.mesh is None else from_first(lambda: tokens_of(lm, prompts, request))
     exits = request.exits if request.draft_model is None else draft_model(lm, request.draft_model)
     asked = Dex() if request.method is None else request.method
@@ -128,7 +128,7 @@ def prepare(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], req
     plan = resolve(method, exits, lm.config, lm.fingerprint)
     free = plan.has_lattice and plan.exits is None and getattr(method, "depths", None) is None
     if free and lm.layout is not None and len(lm.layout.depths) == plan.stages:
-        plan = dataclasses.replace(plan, depths=lm.layout.depths)  # nothing else says which grid
+        plan = dataclasses.replace(plan, depths=lm.layout.depths)  # the layout alone says which grid
     if plan.has_lattice and plan.stages > 1 and lm.mesh is None:
         turns = (
             f"{plan.stages} explorers take turns on one device: ticks count as if each had a device of its own, the "
@@ -139,9 +139,9 @@ def prepare(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], req
 
 
 def tokens_of(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], request: Request) -> list[list[int]]:
-    """Token ids of every sequence, prompts in their order and each `num_samples` times.
+    """Return the token ids of every sequence: prompts in their order, each `num_samples` times.
 
-    A DexError where there is no prompt, one that cannot be encoded, or one that leaves no room for the new tokens.
+    Raise DexError for no prompt or too many, one that cannot be encoded, or one that leaves no room for new tokens.
     """
     if isinstance(prompts, (bytes, dict, int)) or prompts is None:
         raise DexError(f"prompts is a list of prompts, not {type(prompts).__name__}: put each prompt into a list")
@@ -167,7 +167,7 @@ def tokens_of(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], r
 
 @contextlib.contextmanager
 def _timed(times: dict[str, float], phase: str) -> Iterator[None]:
-    """Adds the seconds of a block to times[phase], and what was compilation to times["compile"] instead."""
+    """Add the seconds of a block to times[phase], but those of compilation to times["compile"]; explain its errors."""
     begin, compiled = time.perf_counter(), compile_seconds()
     try:
         yield

@@ -1,6 +1,6 @@
-"""The table of loops: what begins a decoding, what a tick does, on one device or on a mesh, and what is counted.
+"""The table of loops: how each begins a decoding, what its tick does on one device or on a mesh, and what it counts.
 
-A plan names its loop, and nobody else asks which method it is. Letters: B sequences, T capacity for new tokens.
+A plan names its loop. Letters: B sequences, T capacity for new tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dex_jax.nn.transformer import Transformer
 from dex_jax.sampling import Sampling
 
 Tick = Callable[[Any], Any]
-"""State -> state after one tick."""
+"""A function that takes a state and returns the state after one tick."""
 
 
 class Prefilled(NamedTuple):
@@ -39,28 +39,28 @@ class Prefilled(NamedTuple):
     memory: Any  # the prompts' keys and values, without a lattice
     token: jax.Array  # [B] int32, token 0
     lengths: jax.Array  # [B] int32, of the prompts
-    limits: Limits  # of the loop
-    sampling: Sampling | None  # of the loop
+    limits: Limits  # at which sequences end
+    sampling: Sampling | None  # None for greedy
     prompt: jax.Array | None = None  # [B, S] int32 padded on the right, for drafts; None without
 
 
 class Loop(abc.ABC):
-    """One kind of loop on one device. Its state is its own, but has a `record`, a `tick` and the `memory`.
+    """One kind of loop on one device, with a state of its own that has a `record`, a `tick` and the `memory`.
 
-    A loop is hashable, as programs are compiled for it, and emits only what the last layer says, with the noise of the
-    position (ar.next_token). What it counts here is for loops each of whose ticks is a stage.
+    A loop is hashable, as programs are compiled for it, and emits only the last layer's tokens, with the noise of their
+    positions (ar.next_token). `ticks` and `counts` are here for loops in which every tick runs a stage.
     """
 
     @abc.abstractmethod
     def init(self, model: Transformer, heads: Heads, plan: Plan, begun: Prefilled, capacity: int) -> Any:
-        """The state before the first tick, with room for T new tokens."""
+        """Return the state before the first tick, with room for T = `capacity` new tokens."""
 
     @abc.abstractmethod
     def tick(self, model: Transformer, heads: Heads, plan: Plan, limits: Limits, sampling: Sampling | None) -> Tick:
         """Return the function that runs a tick; `record.until_done` repeats it."""
 
     def on_mesh(self, plan: Plan) -> MeshLoop:
-        """Return the loop that does the same on a mesh; `MeshLoop.check_mesh` says whether a mesh fits it.
+        """Return the loop that does the same on a mesh; its `check_mesh` refuses a mesh that does not fit.
 
         Raises:
           DexError: this loop runs on one device only.
@@ -72,9 +72,9 @@ class Loop(abc.ABC):
         return ticks_of(exits, length, stages)
 
     def counts(self, plan: Plan, record: Any) -> dict[str, Any]:
-        """Figures of each sequence, [B], by their names in Stats, or in its `counts` where it has no such field.
+        """Return counts of each sequence, [B], by their names in Stats, or in Stats.counts where it has no such field.
 
-        `record` is a Record of NumPy arrays, whose lengths and ticks are those of the text that is given out.
+        `record` is a Record of NumPy arrays; its lengths and ticks are those after stop strings have cut the text.
         """
         speedup = depth_side_speedup(record.ticks, record.lengths, plan.stages)
         return {"ticks": record.ticks, "depth_side_speedup": speedup}
@@ -84,7 +84,7 @@ class MeshLoop(Loop):
     """A loop that runs on meshes too, on each device under shard_map."""
 
     def on_mesh(self, plan: Plan) -> MeshLoop:
-        """Itself."""
+        """Return the loop itself."""
         return self
 
     def check_mesh(self, plan: Plan) -> None:
@@ -92,7 +92,7 @@ class MeshLoop(Loop):
 
     @abc.abstractmethod
     def init_stage(self, device: StageNetwork, plan: Plan, begun: Prefilled, capacity: int) -> Any:
-        """`init` on one device of a mesh."""
+        """Return the state that `init` gives, on one device of a mesh."""
 
     @abc.abstractmethod
     def tick_stage(self, device: StageNetwork, plan: Plan, limits: Limits, sampling: Sampling | None) -> Tick:
@@ -100,11 +100,11 @@ class MeshLoop(Loop):
 
     @abc.abstractmethod
     def state_specs(self, plan: Plan, memory: Any) -> Any:
-        """Return the PartitionSpecs of the state on a mesh, a prefix of it, given those of `memory`."""
+        """Return the PartitionSpecs of the state on a mesh, as a prefix of its tree, given those of `memory`."""
 
 
 class ARLoop(MeshLoop):
-    """AR: a token a tick (decoding/ar.py)."""
+    """The loop of AR, which emits a token every tick (decoding/ar.py)."""
 
     def init(self, model: Transformer, heads: Heads, plan: Plan, begun: Prefilled, capacity: int) -> ARState:
         return ar.init(begun.memory, begun.token, begun.lengths, capacity=capacity, limits=begun.limits)
@@ -123,7 +123,7 @@ class ARLoop(MeshLoop):
 
 
 class DexLoop(MeshLoop):
-    """DEX, with drafts and without (decoding/dex/loop.py)."""
+    """The loop of DEX, with drafts and without (decoding/dex/loop.py)."""
 
     def init(self, model: Transformer, heads: Heads, plan: Plan, begun: Prefilled, capacity: int) -> DexState:
         if plan.stages == 1:
@@ -139,7 +139,7 @@ class DexLoop(MeshLoop):
     def check_mesh(self, plan: Plan) -> None:
         assert plan.layout is not None
         assert plan.mesh is not None
-        if plan.stages == 1:  # over several stages a pipeline that runs trees
+        if plan.stages == 1:  # one explorer runs on any mesh, as a pipeline that runs trees
             return
         check_stages(plan.mesh, plan.stages)
         if plan.layout.depths != plan.depths:
@@ -175,7 +175,7 @@ class DexLoop(MeshLoop):
 
 
 PACE = Pace(EVERYWHERE, *[BY_SEQUENCE] * (len(Pace._fields) - 1))
-"""PartitionSpecs of a pace on a mesh."""
+"""The PartitionSpecs of a Pace on a mesh."""
 
 LOOPS: dict[str, Loop] = {"ar": ARLoop(), "dex": DexLoop()}
 
@@ -186,7 +186,7 @@ def loop_of(plan: Plan) -> Loop:
 
 
 def mesh_loop(plan: Plan) -> MeshLoop:
-    """The loop of a plan on its mesh; a DexError where there is none."""
+    """Return the loop of a plan on its mesh; raise DexError where there is none."""
     return loop_of(plan).on_mesh(plan)
 
 

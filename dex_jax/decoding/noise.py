@@ -1,6 +1,6 @@
-"""Sampling noise of the positions that the lattice may reach, made once each.
+"""The sampling noise of the positions that the lattice may reach, each made once.
 
-Letters: B sequences, V vocabulary.
+Letters: B sequences, M positions that are kept, N rows, n positions of a sequence, V vocabulary, V' its given columns.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from dex_jax.sampling import Sampling, position_noise
 
 
 class Noise(NamedTuple):
-    """Sampling noise, made once a position and kept while any node may need it."""
+    """Sampling noise, which is made once for each position and kept while any node may need it."""
 
-    # [B, M, V] float32; position n stands at n mod M, the most positions that a loop reaches ahead
+    # [B, M, V] float32, position n at n mod M; M is the most positions that a loop reaches ahead
     ring: jax.Array
-    made: jax.Array  # [B] int32, the last position whose noise has been made
+    made: jax.Array  # [B] int32, the last position that has noise
 
 
 def make_noise(noise: Noise | None, sampling: Sampling | None, frontier: jax.Array) -> Noise | None:
-    """Makes the noise of all positions up to the frontier [B] int32 that have none yet, from sampling's keys."""
+    """Make the noise of all positions up to the frontier [B] int32 that have none yet, from sampling's keys."""
     if noise is None:
         return None
     assert sampling is not None
@@ -41,9 +41,9 @@ def make_noise(noise: Noise | None, sampling: Sampling | None, frontier: jax.Arr
 def noise_at(
     noise: Noise | None, position: jax.Array, columns: jax.Array | None = None, sequence: jax.Array | None = None
 ) -> jax.Array | None:
-    """Rows of noise at positions [B, n], or at [N] of as many sequences: [B n, V], or [N, V]; None when greedy.
+    """Return the noise at positions [B, n]: [B n, V], or at [N] of sequences [N]: [N, V]; None when greedy.
 
-    Of `columns` [V'] alone, where they are given.
+    With `columns` [V'] it is that of these tokens alone.
     """
     if noise is None:
         return None

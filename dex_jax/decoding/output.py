@@ -11,27 +11,26 @@ from dex_jax.decoding.plan import Plan
 from dex_jax.io.tokenizer import TextStream, Tokenizer
 
 SHOWN, SHOWN_TEXT, SHOWN_TOKENS = 8, 60, 12
-"""Sequences, characters and, without a tokenizer, tokens of each that a printed Output shows."""
+"""The most sequences, characters of each and, without a tokenizer, tokens of each that a printed Output shows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Counts and times. Ticks, depth-side speedup and wall-clock seconds are different things.
+    """Counts and times of a generation; ticks, depth-side speedup and wall-clock seconds are different things.
 
     Attributes:
-      plan: method, depths, rows and heads as they ran, and why they were chosen where nothing was asked for.
+      plan: method, depths, rows and heads as they ran, and why they were chosen where the user gave none.
       ticks: [B] int32, loop steps that each sequence took; None for loops of one's own that have none.
       exits: [B, T] int32, the exit that first gave each token, 0 for one that was drafted and K for one that only the
         final layer gave; -1 for token 0 and beyond the length.
       depth_side_speedup: [B] float64, K (n - 1) / ticks, NaN for n = 1: the speedup over AR if K explorers ran truly
         side by side and heads and communication were free, for K = 1 tokens a tick; None where there are no ticks.
-      rows_run: how many ticks ran so many rows a sequence, by rows; empty where all ticks run the same.
-      row_seconds: seconds of a tick of one row, which does what a step of AR does, as this run measured it; None where
-        it ran too few.
+      rows_run: number of ticks by the rows that they ran; empty where ticks do not choose them, or go by usual costs.
+      row_seconds: estimated seconds of a tick of one row, which does what a step of AR does; None where too few ran.
       counts: what a loop of one's own counts, [B] each, by name; empty for AR and DEX.
-      compile_seconds, prefill_seconds, decode_seconds: wall-clock of the whole batch, apart from one another.
-      device, dtype: where and in what it ran.
-      weights: what weights were kept as: the dtype, or the formats of packed ones.
+      compile_seconds, prefill_seconds, decode_seconds: wall-clock seconds of the whole batch, none counted twice.
+      device, dtype: the device, and the dtype of the computation.
+      weights: the dtype of the weights, or the formats of packed ones.
     """
 
     plan: Plan
@@ -51,7 +50,7 @@ class Stats:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Output:
-    """Generated tokens of B sequences; printed, it shows the texts, what they took and how long.
+    """Generated tokens of B sequences; printed, it shows their texts, ticks and times.
 
     Attributes:
       texts: B strings, without special tokens and without what a `stop` string cut; "" without a tokenizer.
@@ -95,9 +94,9 @@ class Output:
         return "\n".join(lines)
 
     def pieces(self, row: int) -> list[str]:
-        """The text that each token of a sequence added, "" where a later one completes it; ids without a tokenizer.
+        """Return the text that each token added, "" where a later one completes it; ids where there is no tokenizer.
 
-        Together they are texts[row], with what a `stop` string cut off its last token.
+        Joined they are texts[row], with the part of the last token that a `stop` string cut off.
         """
         ids = self.tokens[row, : self.lengths[row]].tolist()
         if self.tokenizer is None:
@@ -106,20 +105,20 @@ class Output:
 
 
 def text_pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, ...]:
-    """The text that each of one token or more adds, "" where a later one completes it."""
+    """Return the text that each of one or more tokens adds, "" where a later one completes it."""
     stream = TextStream(tokenizer)
     *pieces, last = [stream.push([token]) for token in ids]
     return (*pieces, last + stream.flush())
 
 
 def where_of(stats: Stats) -> str:
-    """The device and what numbers were kept in, for people."""
+    """Return the device, the dtype and the formats of packed weights, as users read them."""
     packed = "" if stats.weights == stats.dtype else f", weights in {stats.weights}"
     return f"{stats.device}, {stats.dtype}{packed}"
 
 
 def title(plan: Plan) -> str:
-    """A method's name for people."""
+    """Return a method's name as users read it."""
     if plan.loop != "dex":
         return plan.method.upper()
     return f"DEX, K = {plan.stages}{'' if plan.drafts is None else ' with drafts'}"

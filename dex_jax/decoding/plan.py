@@ -1,4 +1,4 @@
-"""A request on a model becomes a Plan of what runs, on which compiled programs depend, and the heads that it uses."""
+"""The plan that a request becomes on a model: what runs, on which compiled programs depend, and the heads it uses."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ DEFAULT_EXPLORERS = 5
 FULL_ROWS_LIMIT = 8
 
 SPARE = 32
-"""Cache positions past the last token that every method has, needed or not. XLA adds up a prompt's attention in another
-order in a cache of another length: where methods would begin with other last bits, bfloat16 parts them."""
+"""Cache positions past the last token that every method has, needed or not. In a cache of another length XLA adds up a
+prompt's attention in another order, and so small a difference would change a method's tokens in bfloat16."""
 
 _SAID: set[tuple[str, str]] = set()
-"""Models, by their fingerprint, and remarks."""
+"""The remarks that have been printed, as (fingerprint of the model, remark)."""
 
 GivenExits = str | os.PathLike | GivenDrafter
 """The types that users give as `exits`."""
 
 
 class GivenHeads(NamedTuple):
-    """The heads of a generation as they were read, None where there are none."""
+    """The heads of a generation as they were loaded, None where there are none."""
 
     exits: TrainedExits | None = None  # heads at x_1 .. x_{K-1}; None for "shared" and when K = 1
     drafter: GivenDrafter | None = None  # exit 0; None where the text alone drafts, or nothing does
@@ -47,7 +47,7 @@ class GivenHeads(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The static argument of the jitted functions: a method made concrete, then joined by the model and its heads."""
+    """The static argument of the jitted functions: first what a method says, then what a model and its heads add."""
 
     method: str  # "ar", "dex", or the name of a user's own
     depths: tuple[int, ...]  # exit depths x_1 < ... < x_K = L
@@ -56,53 +56,53 @@ class Plan:
     drafts: TreeShape | None = None  # how much exit 0 drafts below a head of a cohort; None for nothing
     loop: Any = "dex"  # what runs it: a name of loops.LOOPS, or a Loop of a user's own
 
-    config: Any = None  # ModelConfig; from here on what only a model says
+    config: Any = None  # ModelConfig; fields from here on depend on the model
     mesh: Mesh | None = None  # None for one device
-    layout: Staged | None = None  # of weights on it
+    layout: Staged | None = None  # of the weights on the mesh
     exits: ExitsConfig | None = None  # of the exits 1..K-1; None for the model's own, "shared", and for K = 1
     drafter: ExitZero | None = None  # exit 0; None where the text alone drafts, or nothing does
 
-    # Programs do not depend on what follows. A session has the heads' arrays, and takes them out of its plan.
+    # Programs do not depend on what follows. A session holds the heads' arrays, and removes them from its plan.
     heads: GivenHeads = dataclasses.field(default=GivenHeads(), compare=False, repr=False)
-    # Which exits 1..K-1 propose and which drafter stands at depth 0: "shared", "default", a path, None for none.
+    # The sources of exits 1..K-1 and of the drafter: "shared", "default", a path, None for none.
     exits_source: str | None = dataclasses.field(default=None, compare=False, repr=False)
     drafter_source: str | None = dataclasses.field(default=None, compare=False, repr=False)
-    choice: str | None = dataclasses.field(default=None, compare=False, repr=False)  # why, where nothing was asked
+    choice: str | None = dataclasses.field(default=None, compare=False, repr=False)  # why, if it was chosen
     remarks: tuple[str, ...] = dataclasses.field(
         default=(), compare=False, repr=False
     )  # sentences that a user should see
 
     @property
     def stages(self) -> int:
-        """K."""
+        """Number of stages K."""
         return len(self.depths)
 
     @property
     def has_lattice(self) -> bool:
-        """Return whether it is DEX, or a form of it."""
+        """True if DEX's loop runs, the only one with a lattice."""
         return self.loop == "dex"
 
     @property
     def ahead(self) -> int:
-        """The number of positions past the last token that the committed KV cache has."""
+        """Number of spare KV cache positions after the last token."""
         return max(SPARE, 0 if self.drafts is None else self.drafts.levels)
 
     @property
     def remembers(self) -> ExitZero | None:
-        """Heads whose memory of the committed prefix is kept: exits if they have one, of which a drafter's is part."""
+        """The heads that keep a memory of the committed prefix: exits if they need one, as it serves a drafter too."""
         return TrainedHeads(self.exits) if self.exits is not None and self.exits.needs_previous else self.drafter
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """Depths whose states are kept for exit 0 beside those at L."""
+        """Depths of the hidden states that exit 0 reads beside those at L."""
         return () if self.drafter is None else self.drafter.reads
 
     def remembering(self, heads: Heads) -> Any:
-        """The arrays of what `remembers`."""
+        """Return the arrays of the heads that `remembers` names."""
         return heads.drafter if self.remembers is self.drafter else heads.exits
 
     def say(self, fingerprint: str) -> None:
-        """Prints the remarks on stderr, each once in a process for a model."""
+        """Print the remarks on stderr, each once per process and model."""
         for remark in self.remarks:
             if (fingerprint, remark) not in _SAID:
                 _SAID.add((fingerprint, remark))
@@ -110,13 +110,13 @@ class Plan:
 
 
 class OwnMethod(Protocol):
-    """A way to decode of a user's own; AR and Dex are what they are by their fields.
+    """A decoding method of a user's own, which makes its plan itself.
 
-    Exit depths move to where exits are trained, unless it has `depths` that are not None.
+    Its exit depths move to the nearest trained ones, unless it has `depths` that are not None.
     """
 
     def plan_for(self, num_layers: int) -> Plan:
-        """The plan for a model of L = num_layers, as far as it does not depend on weights."""
+        """Return the plan for a model of L = num_layers, as far as it does not depend on weights."""
 
 
 Method = AR | Dex | OwnMethod
@@ -129,17 +129,17 @@ class Found(NamedTuple):
     source: str  # of heads at depths above 0: "shared", "default" or a path
     drafter: GivenDrafter | None = None  # exit 0; None for the text alone
     drafter_source: str | None = None  # "default" or a path, None without one
-    own: str | None = None  # what the user gave himself is "exits", the "drafter", or neither (None)
-    given: TrainedExits | None = None  # by the user, heads at depths above 0
+    own: str | None = None  # what the user gave: "exits", "drafter", or None for neither
+    given: TrainedExits | None = None  # heads at depths above 0 that the user gave
 
     @property
     def exits(self) -> TrainedExits | None:
-        """Heads at depths above 0, None for the model's own; those that ship are large, and read when asked for."""
+        """The heads at depths above 0, None for the model's own; those that ship are large, and loaded on access."""
         return default_exits(self.fingerprint) if self.source == "default" else self.given
 
 
 def plan_for(method: Method, num_layers: int) -> Plan:
-    """The plan of a method for a model of L = num_layers, before exits are known.
+    """Return the plan of a method for a model of L = num_layers, before exits are known.
 
     Raises:
       DexError: both explorers and depths, K or depths out of range, depths not ascending or not ending at L, rows below
@@ -159,9 +159,9 @@ def plan_for(method: Method, num_layers: int) -> Plan:
 
 
 def _with_tree(plan: Plan, method: Dex, drafter: GivenDrafter | None) -> Plan:
-    """The plan with rows W and a tree for the drafter, None for the text alone.
+    """Return the plan with rows W and a tree for the drafter, None for the text alone.
 
-    Ticks choose from the largest tree, unless rows or a tree are given: then all of one runs in every tick.
+    Ticks choose rows from the largest tree. With given rows every tick runs the largest tree that fits them.
     """
     if method.draft is not True:
         drafts = method.draft or None
@@ -175,7 +175,7 @@ def _with_tree(plan: Plan, method: Dex, drafter: GivenDrafter | None) -> Plan:
 
 
 def with_stages(method: Method, stages: int | None) -> Method:
-    """The method on a mesh of `stages`, None on one device: on a mesh each explorer has a stage."""
+    """Return Dex with an explorer on each of a mesh's `stages`, unless it has explorers or depths; None is no mesh."""
     if stages is None or not isinstance(method, Dex) or method.explorers is not None or method.depths is not None:
         return method
     return dataclasses.replace(method, explorers=stages)
@@ -194,7 +194,7 @@ def _depths(method: Dex, num_layers: int) -> tuple[int, ...]:
 
 
 def rows_of(method: Dex, stages: int, drafts: TreeShape | None) -> int:
-    """W for K = `stages` and what exit 0 drafts."""
+    """Return W for K = `stages` and the tree that exit 0 drafts."""
     if method.rows is None:
         return default_rows(stages) if drafts is None else drafted_rows(stages, drafts)
     if method.rows == "full":
@@ -212,7 +212,7 @@ def rows_of(method: Dex, stages: int, drafts: TreeShape | None) -> int:
 
 
 def drafted_rows(stages: int, drafts: TreeShape) -> int:
-    """Rows a stage with drafts, when the user does not say: one head's tree, and a row for each further head.
+    """Return the default rows of a stage with drafts: one head's tree, and a row for each further head, up to 32.
 
     Examples:
       >>> [drafted_rows(stages, known_trees(None)[-1]) for stages in (1, 2, 5, 10)]
@@ -222,13 +222,13 @@ def drafted_rows(stages: int, drafts: TreeShape) -> int:
 
 
 def resolve(method: Method, exits: GivenExits, config: ModelConfig, fingerprint: str) -> Plan:
-    """The plan of a method with the heads that it uses, for `exits` as of `find_exits`.
+    """Return the plan of a method with the heads that it uses; `exits` are as in `find_exits`.
 
-    Where an even grid asks for depths that are not trained, the nearest ones are taken.
+    The nearest trained depths replace those depths of an even grid that are not trained.
 
     Raises:
       DexError: as `plan_for` and `find_exits`; heads of another width, vocabulary or number of layers, without the
-        depths that are asked for, or of no use to the method.
+        requested depths, or of no use to the method.
     """
     plan = plan_for(method, config.num_layers)
     if plan.stages == 1 and plan.drafts is None:
@@ -306,10 +306,10 @@ def _with_drafter(plan: Plan, method: Any, found: Found, config: ModelConfig) ->
 
 
 def find_exits(exits: GivenExits, fingerprint: str) -> Found:
-    """Find what `exits` means for a model: "shared", "default", a path, a hub id, or what was loaded from one.
+    """Find the heads that `exits` names for a model: "shared", "default", a path, a hub id, or loaded heads.
 
-    A drafter alone leaves the exits to what ships for the model, and exits the drafter. A DexError for a file that
-    cannot be read.
+    A drafter alone leaves the exits at the default, and exits alone the drafter. Raise DexError where a file cannot be
+    read.
     """
     if isinstance(exits, str) and exits == "shared":
         return Found(fingerprint, "shared")
@@ -325,7 +325,7 @@ def find_exits(exits: GivenExits, fingerprint: str) -> Found:
 
 
 def opened(exits: GivenExits) -> GivenExits:
-    """The EAGLE-3 head that a path or a hub id names, which is large and read once; all else as it is."""
+    """Load the EAGLE-3 head that `exits` names, which is large, so that it is read once; return all else as it is."""
     if not isinstance(exits, (str, os.PathLike)) or exits in ("shared", "default"):
         return exits
     return find_eagle(exits) or exits

@@ -1,4 +1,4 @@
-"""Jitted functions whose compilations are explicit, timed, and beside one another."""
+"""Jitted functions that are compiled explicitly, side by side, and timed."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from dex_jax.nn import few_rows
 from dex_jax.progress import notify, say_wait
 
 HELD = 2_500_000
-"""Characters of the programs that are remembered, as JAX writes them down. Each stands for 40 to 60 bytes of memory. A
-process may hold only so many mappings of memory, too, and where that ends the compiler fails for good."""
+"""The most characters of all kept programs together, as JAX prints them. Each stands for 40 to 60 bytes of memory. A
+process may also hold only so many memory mappings, and once it has them all, the compiler fails for good."""
 
 FEWEST = 6
-"""Programs that are remembered however long they are: those of two generations that differ in all. With fewer, who
-compares two methods in turns compiles at every turn."""
+"""Number of programs that are kept however long they are: those of two generations that share none. With fewer, a
+comparison of two methods in turns would compile at every turn."""
 
 SOON = 3.0
-"""Seconds of compiling after which a user is told why nothing happens."""
+"""Number of seconds of compiling after which a user is told why nothing happens."""
 
 COMPILERS = ThreadPoolExecutor(3, thread_name_prefix="compiling")
-"""Threads that compile or read programs, for all that a decoding needs at once. What each leaves behind stays small."""
+"""The threads that compile or load programs, enough for all that a decoding needs at once; each keeps little memory."""
 
 _traced, _forgotten, _seconds = 0, 0, 0.0
 
 
 def compile_seconds() -> float:
-    """Seconds that this process has spent on tracing programs and on waiting for compilers."""
+    """Return the seconds that this process has spent on tracing programs and on waiting for compilers."""
     return _seconds
 
 
 def forgotten() -> int:
-    """Return the number of programs this process has forgotten: whoever relies on one checks whether it has grown."""
+    """Return the number of programs that were dropped so far; while it stays the same, no kept program is gone."""
     return _forgotten
 
 
 def forget(characters: int = 0, fewest: int = 0) -> None:
-    """Drops the programs that were used longest ago: what stays has so many characters at most, or is so few."""
+    """Drop the programs used longest ago, until at most `characters` characters or `fewest` programs are left."""
     global _forgotten
     while len(_REMEMBERED) > fewest and sum(each.size for each in _REMEMBERED.values()) > characters:
         del _REMEMBERED[next(iter(_REMEMBERED))]
@@ -54,28 +54,28 @@ def compiler_options(level: int | None = 1) -> dict[str, str | bool] | None:
     """Return XLA's options for programs that do most of their work in C++ (nn/few_rows.py), where that is ready.
 
     At level 1 LLVM unrolls nothing, which takes a third less to compile and runs as fast; at level 0 it optimises
-    nothing, which takes another third less and is for what runs once.
+    nothing, which takes another third less and suits programs that run once.
     """
     return None if level is None or not few_rows.ready() else {"xla_backend_optimization_level": str(level)}
 
 
 class Begun(NamedTuple):
-    """A program that a thread beside this one compiles."""
+    """A program that another thread compiles, or has compiled."""
 
     out_info: Any  # the shapes that it gives
-    size: int  # characters, as of HELD
+    size: int  # characters, as in HELD
     made: Future[Any]  # the compiled program
 
 
 _REMEMBERED: dict[Any, Begun] = {}
-"""By function, shapes and static arguments; the first is the one that was used longest ago."""
+"""The programs that are kept, by function, shapes and static arguments; the first was used longest ago."""
 
 
 class Program:
-    """Compiles `function` ahead of time for each new set of static arguments and shapes; the latest are remembered.
+    """A function that is compiled ahead of time for each new set of static arguments and shapes; the latest are kept.
 
-    It takes positional arrays, those at `donate` reused, and keyword statics. `level` as of `compiler_options`, None
-    for what XLA does by itself.
+    It takes positional arrays, those at `donate` reused, and static arguments by keyword. `level` is as in
+    `compiler_options`, None for XLA's defaults.
     """
 
     def __init__(
@@ -90,22 +90,22 @@ class Program:
         self.jitted: Any = jax.jit(function, static_argnames=static, donate_argnums=donate)
 
     def __call__(self, *args: Any, **static: Any) -> Any:
-        """Runs the function; compiles it first when these shapes and statics are new."""
+        """Run the function; compile it first when these shapes and static arguments are new."""
         return self.compile(*args, **static)(*args)
 
     @property
     def held(self) -> int:
-        """The number of compiled programs of it that are remembered."""
+        """Number of compiled programs of this function that are kept."""
         return sum(key[0] is self for key in _REMEMBERED)
 
     def compile(self, *args: Any, **static: Any) -> Any:
-        """The program for these shapes; arguments may be jax.ShapeDtypeStruct."""
+        """Return the program for these shapes; arguments may be jax.ShapeDtypeStruct."""
         with side_by_side() as begin:
             found = begin(self, *args, **static)
         return found.made.result()
 
     def begin(self, *args: Any, **static: Any) -> Begun:
-        """Begin what `compile` does, without waiting for the compiler."""
+        """Begin to compile, as `compile` does, without waiting for the compiler."""
         leaves, tree = jax.tree.flatten(args)
         shapes = tuple((leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)) for leaf in leaves)
         key = (self, tree, shapes, tuple(sorted(static.items())))
@@ -126,7 +126,7 @@ class Program:
 
 @contextlib.contextmanager
 def side_by_side() -> Iterator[Callable[..., Begun]]:
-    """Within it the given function begins programs, one with what Program.begin takes; all are there at the end."""
+    """Yield a function of (program, *args, **static) that begins to compile it; all programs are ready at the end."""
     global _seconds
     start, traced = time.perf_counter(), _traced
     begun: list[tuple[str, Future[Any]]] = []
@@ -165,7 +165,7 @@ def _wait(name: str, made: Future[Any]) -> None:
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Within it Python looks for no garbage: of what is traced there is little, and a lot to look through."""
+    """Turn Python's garbage collection off: tracing leaves little garbage, and much to look through."""
     enabled = gc.isenabled()
     gc.disable()
     try:

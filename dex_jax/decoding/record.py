@@ -13,11 +13,11 @@ from dex_jax.errors import DexError
 from dex_jax.lattice import NO_TOKEN
 
 PREFILL_EXIT = -1
-"""`exits` of token 0, which the prefill gives."""
+"""The entry of token 0, which the prefill gives, in `Record.exits`."""
 
 
 class Limits(NamedTuple):
-    """When a sequence ends.
+    """The limits that end a sequence.
 
     Attributes:
       max_new_tokens: [B] int32, at least 1, at most the width of Record.tokens.
@@ -29,7 +29,7 @@ class Limits(NamedTuple):
 
 
 class Record(NamedTuple):
-    """Emitted tokens.
+    """The tokens emitted so far, with their exits and the ticks that they took.
 
     Attributes:
       tokens: [B, T] int32, NO_TOKEN beyond each length.
@@ -37,7 +37,7 @@ class Record(NamedTuple):
       lengths: [B] int32.
       ticks: [B] int32, frozen when a sequence ends.
       done: [B] bool.
-      counts: what a loop of one's own counts beside, arrays with a leading axis B; () for nothing.
+      counts: further counts of a loop of one's own, arrays with a leading axis B; () for nothing.
     """
 
     tokens: jax.Array
@@ -49,7 +49,7 @@ class Record(NamedTuple):
 
 
 def check_limits(limits: Limits, batch: int) -> None:
-    """A DexError unless these are Limits of `batch` sequences."""
+    """Raise DexError unless `limits` are Limits of `batch` sequences."""
     if not isinstance(limits, Limits) or jnp.shape(limits.max_new_tokens) != (batch,) or jnp.ndim(limits.eos_ids) != 1:
         raise DexError(
             f"limits are dex_jax.Limits(max_new_tokens, eos_ids), two int32 arrays: a number for each of the {batch} "
@@ -58,7 +58,7 @@ def check_limits(limits: Limits, batch: int) -> None:
 
 
 def begin(first_token: jax.Array, capacity: int, limits: Limits) -> Record:
-    """A record that holds token 0: first_token [B] int32, capacity T."""
+    """Return a record that holds token 0: first_token [B] int32, capacity T."""
     batch = first_token.shape[0]
     check_limits(limits, batch)
     blank = jnp.full((batch, capacity), NO_TOKEN, jnp.int32)
@@ -72,7 +72,7 @@ def begin(first_token: jax.Array, capacity: int, limits: Limits) -> Record:
 
 
 def emit(record: Record, token: jax.Array, born_at: jax.Array, where: jax.Array, limits: Limits) -> Record:
-    """Appends token [B] to the sequences of `where` [B], none of which is done, after one tick for all that are not."""
+    """Append token [B] to the sequences in `where` [B], none of them done, and count a tick for all unfinished ones."""
     place = jnp.where(where, record.lengths, record.tokens.shape[1])
     sequences = jnp.arange(record.tokens.shape[0])
     lengths = record.lengths + where
@@ -88,10 +88,10 @@ def emit(record: Record, token: jax.Array, born_at: jax.Array, where: jax.Array,
 def emit_path(
     record: Record, tokens: jax.Array, born_at: jax.Array, count: jax.Array, limits: Limits
 ) -> tuple[Record, jax.Array]:
-    """Appends several tokens at once, as `emit` one after the other would, but counts no tick.
+    """Append several tokens at once, as repeated calls of `emit` would, but count no tick.
 
-    Of tokens and born_at [B, P] the first `count` [B] are meant; what comes after a sequence's end is left out. Gives
-    (record, [B, P] int32 where each token went, the capacity T for those that went nowhere).
+    The first `count` [B] of tokens and born_at [B, P] are appended, up to the end of a sequence. Gives (record, [B, P]
+    int32, the place of each token, or the capacity T if it was not appended).
     """
     batch, size = tokens.shape
     step = jnp.arange(size)[None]
@@ -109,9 +109,9 @@ def emit_path(
 
 
 def until_done(step: Callable[[Any], Any], state: Any, until_tick: jax.Array | None) -> Any:
-    """Steps under one lax.while_loop until every sequence is done, or until `until_tick` (int32 scalar).
+    """Run `step` under one lax.while_loop until every sequence is done, or until `until_tick` (int32 scalar).
 
-    `state` is any method's, with its `record` and its `tick`.
+    `state` is that of any method, with a `record` and a `tick`.
     """
 
     def going(state: Any) -> jax.Array:
@@ -127,7 +127,7 @@ def _ends(token: jax.Array, lengths: jax.Array, limits: Limits) -> jax.Array:
 
 
 def ticks_of(exits: np.ndarray, length: int, stages: int) -> int:
-    """Ticks that a sequence of `length` tokens took: K + sum(exits[1 : n - 1]), 0 for one token.
+    """Return the ticks that a sequence of `length` tokens took: K + sum(exits[1 : n - 1]), 0 for one token.
 
     Examples:
       >>> ticks_of(np.array([-1, 2, 5, 1]), 4, stages=5)
@@ -137,6 +137,6 @@ def ticks_of(exits: np.ndarray, length: int, stages: int) -> int:
 
 
 def depth_side_speedup(ticks: np.ndarray, lengths: np.ndarray, stages: int) -> np.ndarray:
-    """K (n - 1) / ticks for each sequence, NaN where n = 1."""
+    """Return K (n - 1) / ticks for each sequence, NaN where n = 1."""
     ticks = np.asarray(ticks, np.float64)
     return np.where(lengths > 1, stages * (lengths - 1) / np.where(ticks > 0, ticks, 1), np.nan)

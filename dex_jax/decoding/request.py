@@ -1,4 +1,4 @@
-"""Define every option of a generation once, with its default, its bounds and its sentence.
+"""The options of a generation, each defined once with its default, its bounds and its sentence.
 
 The signature and the help of `generate`, the flags of decode.py and the table in docs/options.md are made from the
 fields below. Nothing here imports JAX, so that `decode.py --help` answers at once.
@@ -19,36 +19,36 @@ from typing import Any, TypeVar
 from dex_jax.errors import DexError, whole_number
 
 MOST_SEEDS = 2**63
-"""Seeds lie below it."""
+"""The bound of seeds, which are at least -MOST_SEEDS and below MOST_SEEDS."""
 
 SMALLEST_TEMPERATURE = 1e-6
-"""Below it float32 logits overflow when divided, and sampling is greedy long before."""
+"""The least temperature above 0: below it float32 logits overflow when divided, and sampling is greedy long before."""
 
 MOST_ROWS = 4096
-"""Rows a stage and samples a prompt: more is a slip."""
+"""The most rows of a stage, and samples of a prompt from the command line: more is a slip."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def option(default: Any, says: str, flag: str | None = None, metavar: str | None = None, off: str | None = None) -> Any:
-    """A field and its sentence.
+    """Return a dataclass field with its sentence.
 
-    `flag` is that of decode.py, None where it has none, `metavar` what its help calls the value; a switch that is on by
-    default has `off` instead, the sentence of the flag that turns it off.
+    `flag` is that of decode.py, None where it has none, and `metavar` the name of its value in the help; a switch that
+    is on by default has `off` instead, the sentence of the flag that turns it off.
     """
     return dataclasses.field(default=default, metadata={"says": says, "flag": flag, "metavar": metavar, "off": off})
 
 
 @dataclasses.dataclass(frozen=True)
 class AR:
-    """Plain autoregressive decoding: every token through all layers, one after the other. Reports K = 1."""
+    """Plain autoregressive decoding: every token runs through all layers, one after the other; reports K = 1."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Dex:
-    """Depth Exploration Decoding (arXiv 2606.29223): drafts are explored, the final layer's token is always kept.
+    """Depth Exploration Decoding (arXiv 2606.29223): exits and drafts propose tokens, the final layer decides them.
 
-    docs/options.md lists the options; they are checked when the method meets a model.
+    docs/options.md lists the options; they are checked when a plan is made for a model.
     """
 
     explorers: int | None = option(
@@ -168,7 +168,7 @@ class Request:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Request:
-        """A request of named options; a DexError for a name that there is not, with the nearest one that there is."""
+        """Build a request of named options; raise DexError for an unknown name, with the nearest known one."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in names:
@@ -178,7 +178,7 @@ class Request:
         return cls(**options)
 
     def seeds_of(self, sequences: int) -> list[int]:
-        """A seed for each of so many sequences; a DexError where a list of another number was given."""
+        """Return a seed for each of so many `sequences`; raise DexError where a list of another length was given."""
         if not _is_list(self.seed):
             return [int(self.seed) + row for row in range(sequences)]  # type: ignore[arg-type]
         seeds = [int(seed) for seed in self.seed]  # type: ignore[union-attr]
@@ -188,13 +188,13 @@ class Request:
 
 
 def check_method(method: Any) -> None:
-    """A DexError unless it is None, AR, Dex or an object with a `plan_for`."""
+    """Raise DexError unless `method` is None, AR, Dex or another object with a `plan_for`."""
     if isinstance(method, type) or not (method is None or isinstance(method, (AR, Dex)) or hasattr(method, "plan_for")):
         raise DexError(f"a method is an object such as dex_jax.Dex() or dex_jax.AR(), not {_short(method)}")
 
 
 def explained(function: F) -> F:
-    """Gives a function of (lm, prompts, **options) the options' signature, and their sentences for "{options}"."""
+    """Give a function of (lm, prompts, **options) the signature of all options, and its docstring their sentences."""
     fields = dataclasses.fields(Request)
     signature, keyword = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
     given = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -208,7 +208,7 @@ def explained(function: F) -> F:
 
 
 def table() -> Iterator[str]:
-    """The lines of the table of all options in docs/options.md."""
+    """Yield the lines of the table of all options in docs/options.md."""
     yield "| option | default | flag | what it does |"
     yield "|---|---|---|---|"
     for owner in (Request, Dex):

@@ -1,6 +1,6 @@
-"""The device side of one generation: prefill in buckets, then the loop in chunks of ticks.
+"""One generation on the device: prefill in chunks of a few sizes, then the loop, some ticks at a time.
 
-Letters: B sequences, R tokens of a piece of the prompts, S cache length, C row counts that a tick may choose from.
+Letters: B sequences, R tokens of a chunk of the prompts, S cache length, C row counts that a tick may choose from.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def prefill_chunk(
     *,
     plan: Plan,
 ) -> tuple[Any, jax.Array]:
-    """Runs one chunk of the prompts and keeps the hidden state of each prompt's last token: (memory, last).
+    """Run one chunk of the prompts and keep the hidden state of each prompt's last token: (memory, last).
 
-    `heads` are of what remembers the prompt, `last` [B, D] the states of last tokens found so far, `tokens` [B, R]
-    int32 are padded on the right and begin at position `start`, and `lengths` [B] int32 are those of whole prompts.
+    `heads` are those of `plan.remembers`, `last` [B, D] the states of last tokens found so far, `tokens` [B, R] int32
+    are padded on the right and begin at position `start`, and `lengths` [B] int32 are those of whole prompts.
     """
     if plan.mesh is not None:
         return on_mesh.prefill_chunk(weights, heads, memory, last, tokens, start, lengths, plan=plan)
@@ -85,7 +85,7 @@ def start_decoding(
     plan: Plan,
     capacity: int,
 ) -> Any:
-    """Chooses token 0 and returns the state of the method's loop before its first tick.
+    """Choose token 0 and return the state of the method's loop before its first tick.
 
     `memory` has no lattice yet. Drafts need the `prompt` [B, S] int32, padded on the right.
     """
@@ -109,7 +109,7 @@ def run_ticks(
     *,
     plan: Plan,
 ) -> Any:
-    """The method's loop up to `until_tick`."""
+    """Run the method's loop up to tick `until_tick`."""
     if plan.mesh is not None:
         return on_mesh.run_ticks(weights, heads, state, limits, sampling, until_tick, plan=plan)
     model = merge_model(plan.config, with_wide_scales(weights))
@@ -117,7 +117,7 @@ def run_ticks(
 
 
 def check_mesh(plan: Plan, sequences: int) -> None:
-    """A DexError where a plan's mesh cannot run its method, drafter, exit depths or stages, or so many sequences."""
+    """Raise DexError if a plan's mesh cannot run its method, drafter, exit depths or stages, or so many sequences."""
     if plan.mesh is None:
         return
     if isinstance(plan.drafter, EagleDrafter):
@@ -133,14 +133,14 @@ PROGRAMS = (PREFILL, START, RUN)
 
 
 SEEN = 8
-"""Ticks of one row that must have run before it is told what one takes."""
+"""Number of one-row ticks that must have run before their time is reported."""
 
 _READY: set[Any] = set()
-"""Kinds of sessions whose programs are remembered."""
+"""The kinds of sessions that have all their programs ready."""
 
 
 class Session:
-    """One batch on its way: built from B lists of token ids, prefilled once, then advanced chunk by chunk.
+    """One batch of B lists of token ids, which is prefilled once, then advanced some ticks at a time.
 
     With an Outline it can only compile.
     """
@@ -184,12 +184,12 @@ class Session:
         sampling = None if self.seeds is None else sampling_of(request, seeds, batch, lm.config.vocab_size)
         self.sampling = self._put(sampling, on_mesh.sampling_specs(sampling))
         self.tick = 0
-        # Drafts read what texts said before, [B, S] int32 the prompts among them.
+        # Drafts look the text up, [B, S] int32, which begins with the prompt.
         self.prompt = None if drafts is None else np.pad(self.padded, ((0, 0), (0, self.cache_length - bucket)))
         self.heads = Heads()
         self.state: Any = None
         self.costs: TickCosts | None = None
-        # Clocks of several processes differ, and all of them must choose alike: they go by what is usual.
+        # Clocks of several processes differ, and all of them must choose alike, so they go by the usual costs.
         if self.plan.has_lattice and drafts is not None and drafts.rungs and jax.process_count() == 1:
             kinds = (plan.depths, drafts, type(plan.heads.drafter).__name__, plan.exits)
             mesh = None if lm.mesh is None else tuple(lm.mesh.shape.items())
@@ -197,17 +197,17 @@ class Session:
             self.costs = costs_of(drafts.rungs, lm.config, lm.dtype, lm.packing, batch, mesh, *kinds)
 
     def compile(self) -> None:
-        """Compiles all that the session runs, from shapes: nothing is allocated, and weights may be abstract."""
+        """Compile all programs of the session from shapes: nothing is allocated, and weights may be abstract."""
         sizes = (self.padded.shape, self.cache_length, self.limits.eos_ids.shape)
         kind = (self.plan, self.lm.dtype, self.lm.packing, sizes, self.sampling is None)
-        if (forgotten(), kind) in _READY:  # to find out the shapes takes half a second too
+        if (forgotten(), kind) in _READY:  # finding the shapes takes half a second too
             return
         with side_by_side() as begin:
             self.compile_by(lambda *about, **statics: begin(*about, **statics).out_info)
         _READY.add((forgotten(), kind))
 
     def compile_by(self, by: Callable[..., Any]) -> None:
-        """Do as `compile` through `by`, which takes a program and its arguments and gives START's result shapes."""
+        """Call `by` for every program of the session with its arguments; it returns the shapes of what START gives."""
         weights = _shapes(self.lm.weights)
         heads = self._put_heads(jax.eval_shape(self._heads, weights))
         weights = self._put(weights, lambda: weight_specs(weights, self.plan.mesh))
@@ -219,7 +219,7 @@ class Session:
         statics: dict[str, Any] = {"plan": self.plan, "capacity": self.cache_length}
         begun = by(START, weights, heads, memory, last, lengths, *about, **statics)
         state = self._put(_shapes(begun), lambda: on_mesh.state_specs(self.plan))
-        # The largest is compiled while the others are traced.
+        # RUN takes longest to compile, and meanwhile PREFILL is traced.
         by(RUN, weights, heads, state, self.limits, self.sampling, scalar, plan=self.plan)
         of_prefill, seen = self._of_prefill(heads)
         for size in sorted({*self.chunks}):
@@ -227,7 +227,7 @@ class Session:
             by(PREFILL, weights, seen, memory, last, tokens, scalar, lengths, plan=of_prefill)
 
     def prefill(self) -> None:
-        """Runs the prompts and chooses token 0 of each."""
+        """Run the prompts and choose token 0 of each."""
         self.compile()
         notify("reading the prompt")
         memory, last, lengths = self._blank()
@@ -246,7 +246,7 @@ class Session:
         jax.block_until_ready(self.state)
 
     def _blank(self) -> tuple[cache.Memory, jax.Array, jax.Array]:
-        """(memory, last hidden states [B, D], lengths [B]) before the prompts."""
+        """Return (memory, last hidden states [B, D], lengths [B]) before the prompts."""
         memory, last, _ = self._blank_shapes()
         shapes, mesh = (memory, last), self.plan.mesh
         memory, last = _zeros(shapes) if mesh is None else zeros(shapes, (on_mesh.MEMORY, BY_SEQUENCE), mesh)
@@ -254,7 +254,7 @@ class Session:
         return memory._replace(exits=exits), last, self._put(jax.device_put(self.lengths), BY_SEQUENCE)
 
     def _blank_shapes(self) -> tuple[cache.Memory, jax.Array, jax.Array]:
-        """Return `_blank` as jax.ShapeDtypeStruct, without what exits remember; the KV cache has no lattice yet."""
+        """Return `_blank` as jax.ShapeDtypeStruct, without Memory.exits; the KV cache has no lattice yet."""
         batch, config, dtype = len(self.lengths), self.lm.config, self.lm.dtype
         array: Any = jax.ShapeDtypeStruct
         memory = cache.shapes(config, batch, self.cache_length, 0, dtype, rings=True, layout=self.lm.layout)
@@ -264,12 +264,12 @@ class Session:
         return self._put(shapes, (on_mesh.MEMORY, BY_SEQUENCE, BY_SEQUENCE))
 
     def _empty_exits(self) -> Any:
-        """Return what exits remember before the prompts, () for nothing."""
+        """Return Memory.exits before the prompts, () for nothing."""
         remembers = self.plan.remembers
         return () if remembers is None else remembers.empty(len(self.lengths), self.cache_length, self.lm.dtype)
 
     def _put(self, tree: Any, specs: Any) -> Any:
-        """Arrays or shapes where the programs want them on a mesh: `specs`, or a function that gives them."""
+        """Place arrays or shapes on the mesh, if there is one, by `specs` or by a function that gives them."""
         if self.plan.mesh is None:
             return tree
         return place(tree, specs() if callable(specs) else specs, self.plan.mesh)
@@ -278,7 +278,7 @@ class Session:
         return self._put(heads, lambda: on_mesh.head_specs(heads))
 
     def _of_prefill(self, heads: Heads) -> tuple[Plan, Heads]:
-        """Prefill is the same for every method, so its programs are shared, unless heads read the prompt too."""
+        """Return the part of plan and heads that prefill depends on, so that all methods share its programs."""
         depths = self.plan.depths[-1:]
         plan = dataclasses.replace(self.plan, method="ar", depths=depths, rows=1, decs=False, drafts=None, loop="ar")
         if plan.remembers is plan.drafter:
@@ -286,7 +286,7 @@ class Session:
         return dataclasses.replace(plan, drafter=None), Heads(exits=heads.exits)
 
     def _heads(self, weights: Any) -> Heads:
-        """The trained heads as the programs take them; under jax.eval_shape, their shapes."""
+        """Return the trained heads as the programs take them; under jax.eval_shape, their shapes."""
         model = merge_model(self.lm.config, weights, layout=self.lm.layout)
         (trained, drafter), exits = self.given, None
         if trained is not None:
@@ -296,7 +296,7 @@ class Session:
         return Heads(exits, None if drafter is None else drafter_arrays(drafter, model))
 
     def advance(self, ticks: int) -> Record:
-        """Runs at most `ticks` more ticks and returns the record on the host."""
+        """Run at most `ticks` more ticks and return the record on the host."""
         self.tick += ticks
         until = self._put(jnp.int32(self.tick), EVERYWHERE)
         begun = time.perf_counter()
@@ -314,7 +314,7 @@ class Session:
         return record
 
     def rows_run(self) -> tuple[dict[int, int], float | None]:
-        """Counts of the ticks that ran so many rows, and seconds of one with one row, None where too few were seen."""
+        """Return the number of ticks by their rows, and the seconds of a one-row tick, None where too few ran."""
         if self.costs is None or self.plan.drafts is None:
             return {}, None
         ran = dict(zip(self.plan.drafts.rungs, self.ran[:-1].tolist(), strict=True))
@@ -327,18 +327,18 @@ class Session:
 
 
 def _shapes(tree: Any) -> Any:
-    """Its arrays as jax.ShapeDtypeStruct, wherever they lie."""
+    """Return the shapes and dtypes of the arrays in `tree` as jax.ShapeDtypeStruct."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _zeros(shapes: Any) -> Any:
-    """Zeros of these shapes, by one program: an array after the other takes as long as a step."""
+    """Return zeros of these shapes, by one program: one array after the other takes as long as a step."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def sampling_of(request: Request, seeds: list[int], batch: int, vocab_size: int) -> Sampling:
-    """Return what the loops sample with: keys for B = `batch` sequences, the last seed's for those that have none."""
+    """Return the Sampling of a request for B = `batch` sequences; those without a seed get the last one's key."""
     top_k = vocab_size if request.top_k is None else min(request.top_k, vocab_size)
     return Sampling(
         keys=sampling_keys([*seeds, *seeds[-1:] * (batch - len(seeds))]),

@@ -1,36 +1,36 @@
-"""The few sizes that programs are compiled for: of prompts, caches and batches."""
+"""The few sizes of prompts, caches and batches that programs are compiled for."""
 
 from __future__ import annotations
 
 PIECES = (512, 192, 48)
 CACHE_STEP = ALONE = 1024
 SMALLEST_CACHE = {1: ALONE, 2: 512, 4: 512}
-"""The smallest cache length S by the number of sequences, 256 for others: caches of a few are small beside the
+"""The smallest cache length S by the number of sequences, 256 for others: caches of few are small beside the
 weights, and all lengths up to it share their programs."""
 
 BATCH_STEP = 4
 
 
 def prompt_pieces(length: int) -> tuple[int, ...]:
-    """Return the padded sizes of the chunks in which a prompt of `length` tokens is read; only the last is padded.
+    """Return the sizes of the chunks in which a prompt of `length` tokens is prefilled; only the last is padded.
 
-    Prompts of all lengths share the programs of a few sizes. There are as few as can be: each reads all weights, and
-    padding costs next to nothing.
+    Prompts of all lengths share the programs of a few sizes. Chunks are as few as possible, as each reads
+    all weights, and padding costs next to nothing.
     """
     whole, rest = divmod(length, PIECES[0])
     return (PIECES[0],) * whole + ((min(size for size in PIECES if size >= rest),) if rest else ())
 
 
 def prompt_bucket(length: int) -> int:
-    """The padded length of a prompt."""
+    """Return the padded length of a prompt."""
     return sum(prompt_pieces(length))
 
 
 def cache_length_for(prompt_length: int, max_new_tokens: int, ahead: int, batch: int) -> int:
     """Return S, the cache positions of each of `batch` sequences: prompt, new tokens and `ahead` more, rounded up.
 
-    A power of two up to CACHE_STEP, then whole steps: what decodes is compiled for S, not for lengths of prompts and
-    answers.
+    S is a power of two up to CACHE_STEP, then a multiple of it: programs that decode are compiled for S, not for every
+    length of prompts and answers.
     """
     needed = max(prompt_bucket(prompt_length), prompt_length + max_new_tokens + ahead)
     if needed > CACHE_STEP:
@@ -39,5 +39,5 @@ def cache_length_for(prompt_length: int, max_new_tokens: int, ahead: int, batch:
 
 
 def batch_bucket(sequences: int) -> int:
-    """B, the sequences that programs are compiled for; those beyond `sequences` are done before they begin."""
+    """Return B, the sequences that programs are compiled for; those beyond `sequences` are done from the start."""
     return sequences if sequences <= 2 else -(-sequences // BATCH_STEP) * BATCH_STEP

@@ -1,4 +1,4 @@
-"""Stop strings: found on the host, in text, and cut from it."""
+"""Stop strings, which are found in the text on the host, and cut from it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dex_jax.io.tokenizer import Tokenizer
 
 
 class StopStrings:
-    """Decodes tokens to text and cuts it at the first stop string; without a tokenizer texts are empty.
+    """A decoder of tokens that cuts the text at the first stop string; without a tokenizer texts are empty.
 
-    A DexError where a stop string is empty, or there is no tokenizer to find one with.
+    It raises DexError where a stop string is empty, or there is no tokenizer to find one with.
     """
 
     def __init__(self, stop: str | Sequence[str] | None, tokenizer: Tokenizer | None):
@@ -24,10 +24,10 @@ class StopStrings:
         self.tokenizer = tokenizer
 
     def apply(self, tokens: list[int]) -> tuple[str, int | None]:
-        """Text of `tokens`, and how many of them to keep: None when no stop string occurs.
+        """Return the text of `tokens`, and the number of tokens to keep: None when no stop string occurs.
 
-        The tokens kept end with the one that completes the stop string, however many came after it in the same
-        chunk, so that the result does not depend on the chunk.
+        The last token to keep is the one that completes the stop string, so the result does not depend on how many
+        tokens came after it in the same update.
         """
         if self.tokenizer is None:
             return "", None
@@ -35,7 +35,7 @@ class StopStrings:
         if self._first(text) is None:
             return text, None
         decode = self.tokenizer.decode
-        sizes = range(1, len(tokens))  # and if none of these completes it, all of them do
+        sizes = range(1, len(tokens))  # where none of these completes it, all tokens do
         kept = 1 + bisect.bisect_left(sizes, True, key=lambda size: self._first(decode(tokens[:size])) is not None)
         text = decode(tokens[:kept])
         return text[: self._first(text)], kept

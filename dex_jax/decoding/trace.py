@@ -1,7 +1,7 @@
 """The history of one sequence's lattice, tick by tick: recorded on the host, for pictures and for teaching.
 
 The jitted loop knows nothing of this. A trace steps it one tick at a time and copies the lattice in between, so it is
-recorded only when asked for, and takes longer than decoding does.
+recorded only on request, and takes longer than decoding does.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class TracedNode:
-    """One node from its birth to its end. After tick t, for born <= t < ended, it had done t - born stages.
+    """One node from its birth to its end: after tick t, for born <= t < ended, it had done t - born stages.
 
     Attributes:
       token: id.
       position: absolute position in the sequence.
-      parent: index of its parent among the trace's nodes, None for a root that nobody had proposed.
+      parent: index of its parent in `Trace.nodes`, None for a root that no exit had proposed.
       born_at: the exit 1..K-1 that proposed it, 0 for a draft, K for such a root.
       born: the tick that spawned it, 0 for the prefill's token.
       ended: the tick in which it was committed to the prefix or died.
       rooted: the tick in which it became the root, None if it never did.
-      probability: what its exit, or the drafter, gave its token; 1 for a root that nobody had proposed.
+      probability: that of its token by the exit that proposed it; 1 for a root that no exit had proposed.
     """
 
     token: int
@@ -54,12 +54,12 @@ class TracedNode:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """A decoding of one sequence as its lattice went through it.
+    """The decoding of one sequence, with the history of its lattice.
 
     Attributes:
       depths: exit depths x_1 < ... < x_K = L.
       tokens: the n tokens emitted, token 0 of the prefill among them.
-      exits: the exit that first gave each, -1 for token 0.
+      exits: the exit that first gave each token, -1 for token 0.
       ticks: loop steps taken.
       nodes: every node that was spawned, in the order of birth.
       labels: text of every token in `nodes` and `tokens`, by id.
@@ -76,7 +76,7 @@ class Trace:
 
     @property
     def stages(self) -> int:
-        """K."""
+        """Number of stages K."""
         return len(self.depths)
 
     @property
@@ -85,18 +85,18 @@ class Trace:
         return tuple(sorted((node for node in self.nodes if node.rooted is not None), key=lambda node: node.position))
 
     def alive(self, tick: int) -> tuple[int, ...]:
-        """Indices of the nodes that lived after `tick`."""
+        """Return the indices of the nodes that lived after `tick`."""
         return tuple(i for i, node in enumerate(self.nodes) if node.born <= tick < node.ended)
 
 
 def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **options) -> Trace:
-    """Decodes one prompt and records its lattice.
+    """Decode one prompt and record its lattice.
 
     Args:
       lm: from `dex_jax.load`.
       prompt: a string, a list of messages or a list of token ids.
-      method: DEX; None is five explorers without drafts, whose picture can be read.
-      **options: the others of `dex_jax.stream`, except ticks_per_update, num_samples and stop.
+      method: DEX; None is five explorers without drafts, which give a readable picture.
+      **options: the other options of `dex_jax.stream`, except ticks_per_update, num_samples and stop.
 
     Raises:
       DexError: bad options, a model on a mesh, or a method without a lattice.
@@ -112,7 +112,7 @@ def trace(lm: LanguageModel, prompt: Prompt, method: Method | None = None, **opt
         raise DexError("only DEX has a lattice to trace: give method=Dex(explorers=5), say")
     session.plan.say(lm.fingerprint)
     session.prefill()
-    session.tick = -1  # tick 0, which gives the first root, is looked at by itself
+    session.tick = -1  # so that the first step is tick 0, which gives the first root
 
     def tick(_: DexState) -> DexState:
         session.advance(1)
@@ -132,14 +132,14 @@ def watch(
     text: Callable[[int], str] = str,
     sequence: int = 0,
 ) -> Trace:
-    """Records one sequence of a loop of your own.
+    """Record the lattice of one sequence of a loop of your own.
 
     Args:
       step: one tick, such as a jitted `lambda state: dex_jax.step(network, state, limits)`; it may donate its argument.
       state: as `dex_jax.init` returns it.
       depths: exit depths x_1 .. x_K; None is 1 .. K.
-      text: token id -> what a picture shows for it.
-      sequence: which of the batch.
+      text: token id -> its text in a picture.
+      sequence: its index in the batch.
     """
     stages = state.stages
     seen = []
@@ -162,18 +162,18 @@ def watch(
 
 
 def _look(state: DexState, sequence: int) -> tuple[Lattice, int]:
-    # A copy, not a view: the next tick may be given the same memory.
+    # A copy, not a view: the next tick may reuse the memory.
     return jax.tree.map(lambda field: np.array(field[sequence]), state.lattice), int(state.record.lengths[sequence])
 
 
 def _nodes(seen: Sequence[tuple[Lattice, int]], tokens: Sequence[int]) -> tuple[TracedNode, ...]:
-    """The nodes of lattices after ticks 0, 1, ..., each with how many of the tokens had been emitted."""
+    """Return the nodes, given (lattice, number of emitted tokens) after ticks 0, 1, ... and all tokens."""
     stages, rows = seen[0][0].token.shape
     nodes: list[TracedNode] = []
     at: dict[int, int] = {}  # slot -> index of the node that lives there
     top, told = -1, 1  # the root so far, and how many tokens had been emitted
     for tick, (lattice, length) in enumerate(seen):
-        # Of a path that is committed in one tick, all but the last node are the root for no longer than that.
+        # Where one tick commits a path, all its nodes but the last are the root within that tick only.
         for said in tokens[told : length - 1]:
             top = next(i for i in at.values() if nodes[i].parent == top and nodes[i].token == said)
             nodes[top] = dataclasses.replace(nodes[top], rooted=tick)

@@ -1,1 +1,1 @@
-"""Checkpoints, tokenizers and where they come from."""
+"""Checkpoints and tokenizers, and the files that they come from."""

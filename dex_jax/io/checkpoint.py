@@ -22,7 +22,7 @@ from dex_jax.io.tokenizer import Tokenizer
 _SAMPLED_ROWS = 4
 # Facts about the use of a backbone rather than about its function: a changed context length keeps trained exits valid.
 _NOT_BACKBONE = ("family", "context", "eos_ids", "bos_id")
-# They came later, and count only where they are not at their defaults, so that fingerprints stay what they were.
+# These came later, and count only where they are not at their defaults, so that fingerprints stay what they were.
 _FIELDS = dataclasses.fields(ModelConfig)
 _LATER = {each.name: each.default for each in _FIELDS[[each.name for each in _FIELDS].index("layer_kinds") :]}
 
@@ -44,10 +44,10 @@ class Tensors(abc.ABC):
 
     @abc.abstractmethod
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start` to `stop`, as an array of its own."""
+        """Return rows `start` to `stop`, as an array of its own."""
 
     def blocks(self, name: str) -> np.ndarray:
-        """The rows as they are stored, [rows, bytes] uint8; only files whose formats pack numbers in blocks have it."""
+        """Return the rows as they are stored, [rows, bytes] uint8; raise DexError where numbers are not in blocks."""
         raise DexError(f"{name} is not stored in blocks")
 
 
@@ -60,7 +60,7 @@ class Checkpoint:
     def __init__(
         self, config: ModelConfig, source: str, tensors: Tensors, gguf: bool, tokenizer: Callable[[], Tokenizer | None]
     ):
-        """Reads nothing; a DexError if a tensor is missing, of another shape, or one that the model does not use."""
+        """Check the tensors without reading any; raise DexError for one that is missing, misshapen or not covered."""
         self.config = config
         self.source = source
         self._tensors = tensors
@@ -84,12 +84,12 @@ class Checkpoint:
         return {name: stacked_shape([part.shape for part in parts]) for name, parts in self._parts.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """One canonical tensor, a key of `shapes()`: float32 (quantised ones too), float16 or bfloat16 as stored."""
+        """Return a canonical tensor, a key of `shapes()`: float16 or bfloat16 if stored so, else float32."""
         parts = self._parts[name]
         if len(parts) == 1:
             return self._tensors.read(parts[0].name)
         dtypes = {self._tensors.stored[part.name].dtype for part in parts}
-        # Not by np.result_type: of float16 and bfloat16 it knows no common type.
+        # np.result_type knows no common type of float16 and bfloat16.
         out = np.empty(stacked_shape([part.shape for part in parts]), dtypes.pop() if len(dtypes) == 1 else np.float32)
         at = 0
         for part in parts:
@@ -106,13 +106,13 @@ class Checkpoint:
         }
 
     def blocks(self, name: str) -> list[np.ndarray]:
-        """The parts of a canonical tensor that is packed in blocks, as they are stored: [rows, bytes] uint8 each."""
+        """Return the parts of a canonical tensor packed in blocks, as they are stored: [rows, bytes] uint8 each."""
         return [self._tensors.blocks(part.name) for part in self._parts[name]]
 
     def fingerprint(self) -> str:
-        """A short name of the backbone: 16 hex digits, equal for equal weights whatever they are stored in.
+        """Return a short name of the backbone: 16 hex digits, equal for equal weights whatever they are stored in.
 
-        Made from the configuration and from a few rows of the weights of three layers, so it costs milliseconds.
+        It comes from the configuration and a few rows of the weights of three layers and of the ends, in milliseconds.
         """
         digest = hashlib.sha256()
         fields = dataclasses.asdict(self.config)

@@ -76,9 +76,9 @@ class EagleHead:
 
 
 def find_eagle(path: str | os.PathLike) -> EagleHead | None:
-    """The EAGLE-3 head of a path or hub id; None where the path names exits of this package.
+    """Return the EAGLE-3 head of a path or hub id; None where the path names exits of this package.
 
-    A DexError: a hub id of something else, or files that are missing or damaged.
+    Raise DexError for a hub id of something else, or files that are missing or damaged.
     """
     source = str(path)
     if (local := local_path(path)).exists():
@@ -89,9 +89,9 @@ def find_eagle(path: str | os.PathLike) -> EagleHead | None:
 
 
 def load_eagle(path: str | os.PathLike) -> EagleHead:
-    """Reads an EAGLE-3 head of a folder or a hub id "owner/name", in the forms of SafeAILab, vLLM and speculators.
+    """Read an EAGLE-3 head of a folder or a hub id "owner/name", in the forms of SafeAILab, vLLM and speculators.
 
-    A DexError: no EAGLE-3 head, a kind that is not covered, or files that are missing or damaged.
+    Raise DexError if there is no EAGLE-3 head, if its kind is not covered, or if files are missing or damaged.
     """
     if (found := find_eagle(path)) is None:
         raise DexError(f"there is no EAGLE-3 head at {path}: give a folder with config.json, or a hub id")
@@ -108,11 +108,11 @@ def _read(folder: Path, source: str) -> EagleHead:
 
 
 def _check(folder: Path, source: str) -> tuple[_Head, dict[str, Any]]:
-    """config.json of a folder, as what is read of it and whole; a DexError unless it is of an EAGLE-3 head."""
+    """Return config.json of a folder, as a _Head and whole; raise DexError unless it is of an EAGLE-3 head."""
     raw = json_of(folder, "config.json")
     head = typed(raw, _Head, folder / "config.json")
     kinds = [*filter(None, [head.speculators_model_type, *(head.architectures or [])])]
-    # SafeAILab's own heads are called what their layer is called.
+    # SafeAILab's own heads are named like their layer.
     other = head.draft_vocab_size is None and not any("eagle3" in kind.lower().replace("-", "") for kind in kinds)
     said = f"(config.json says {', '.join(kinds) or 'nothing':.60}): a small model drafts with --draft-model"
     refuse(source, (other, f"holds no EAGLE-3 head and no exits {said}"))
@@ -158,7 +158,7 @@ def _config(head: _Head, raw: dict[str, Any], files: SafetensorsFiles, source: s
 
 
 def _parts(name: str, prefix: str) -> list[str]:
-    """The tensors that a parameter is stacked from; what belongs to the layer begins with `prefix`."""
+    """Return the tensors that a parameter is stacked from; the names of the layer's begin with `prefix`."""
     return [prefix + part if name.startswith("layer.") else part for part in _NAMES[name]]
 
 
@@ -167,14 +167,14 @@ def _parameters(config: EagleConfig, files: SafetensorsFiles, source: str) -> di
 
     found = {}
     prefix = "midlayer." if any(name.startswith("midlayer.") for name in files.stored) else "layers.0."
-    # While it is not known which depths are read, they are three.
+    # Until it is known which depths are read, there are three.
     reads = config.reads or (0, 0, 0)
     norms = ["input_norm.weight"] if config.norm_states == "all" else [f"fc_norm.{i}.weight" for i in range(len(reads))]
     for name, (shape, _) in eagle_parameters(dataclasses.replace(config, reads=reads)).items():
         parts = norms if name == "states_norm" else _parts(name, prefix)
         absent = [part for part in parts if part not in files.stored or files.stored[part].dtype is None]
         refuse(source, (absent, f"lacks floats under the name {absent[:1]} of an EAGLE-3 head"))
-        # Before anything is read: shapes that lie would multiply to more than there is.
+        # This comes before anything is read: wrong shapes would take more memory than there is.
         shapes = [files.stored[part].shape for part in parts]
         fits = all(len(each) == len(shape) for each in shapes) and stacked_shape(shapes) == shape
         wrong = f"holds {parts[0]} in the shape {shapes[0]}: weights and configuration do not belong together"
@@ -185,7 +185,7 @@ def _parameters(config: EagleConfig, files: SafetensorsFiles, source: str) -> di
 
 
 def _vocabulary(config: EagleConfig, files: SafetensorsFiles, source: str) -> np.ndarray | None:
-    """The model's id of each token of the draft vocabulary, from `d2t`, which says how far it is from its own."""
+    """Return the model's id of each token of the draft vocabulary, from `d2t`, the difference of both ids."""
     size, last = config.draft_size, config.layer.vocab_size
     if "d2t" not in files.stored and size == last:
         return None
@@ -198,9 +198,9 @@ def _vocabulary(config: EagleConfig, files: SafetensorsFiles, source: str) -> np
 
 
 def fit_eagle(head: EagleHead, model: ModelConfig) -> EagleHead:
-    """The head as a model's drafter: where it does not say which depths it reads, those of EAGLE-3.
+    """Return the head as a model's drafter: where it does not say which depths it reads, those of EAGLE-3.
 
-    A DexError: a head of another model.
+    Raise DexError for a head of another model.
     """
     config, layers = head.config, model.num_layers
     reads = config.reads or (2, layers // 2, layers - 3)

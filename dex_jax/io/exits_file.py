@@ -21,7 +21,7 @@ from dex_jax.foreign import local_path, parsed, reading, refuse
 from dex_jax.io.whole_files import write_whole
 
 DEFAULTS = Path(__file__).resolve().parents[1] / "default_exits"
-"""One file for each model that trained exits ship for."""
+"""The folder of the exits and drafters that ship, in files named by the fingerprint of the model."""
 
 FORMAT = "dex_jax exits 1"
 FILE_NAME = "exits.safetensors"
@@ -32,7 +32,7 @@ _STEPS = ".steps"
 
 
 class StoredParameters(Mapping[str, np.ndarray]):
-    """Float32 parameters by name, kept as a file has them: those in 8 bits are unpacked when they are asked for."""
+    """Float32 parameters by name, kept as a file has them: those in 8 bits are unpacked at each access."""
 
     def __init__(self, arrays: dict[str, np.ndarray], steps: dict[str, np.ndarray]):
         self._arrays, self._steps = arrays, steps
@@ -56,7 +56,7 @@ class TrainedExits:
       config: shapes.
       parameters: name -> float32 array, as `nn.exits.exit_parameters` lists them.
       vocabulary: [V'] int32, ascending token ids of the draft vocabulary; None for the full one.
-      fingerprint: of the backbone they were trained on.
+      fingerprint: that of the backbone they were trained on.
       metadata: what else is known, such as data, tokens and held-out figures; JSON-able.
       source: where they came from.
     """
@@ -70,18 +70,18 @@ class TrainedExits:
 
     @property
     def count(self) -> int:
-        """X."""
+        """Number of exits, X."""
         return len(self.config.depths)
 
 
 def check_exits_path(path: str | os.PathLike) -> None:
-    """A DexError for exits to be written under another ending than .safetensors, which `load_exits` asks for."""
+    """Raise DexError for a path that does not end in .safetensors, as `load_exits` expects it."""
     if Path(path).suffix != ".safetensors":
         raise DexError(f"exits are written to a .safetensors file, not to {path}: name it so")
 
 
 def save_exits(path: str | os.PathLike, exits: TrainedExits, *, int8: bool = False) -> None:
-    """Writes one .safetensors file, whole or not at all; a DexError for another ending, or where that cannot be.
+    """Write one .safetensors file, whole or not at all; raise DexError for another ending, or where that fails.
 
     `int8` stores matrices as 8-bit integers with one step per output row, a quarter of the size of float32.
     """
@@ -106,9 +106,9 @@ def save_exits(path: str | os.PathLike, exits: TrainedExits, *, int8: bool = Fal
 
 
 def load_exits(path: str | os.PathLike) -> TrainedExits:
-    """Reads trained exits: a .safetensors file that `train_exits.py export` wrote, or a folder with exits.safetensors.
+    """Read trained exits from a .safetensors file of `train_exits.py export`, or a folder with exits.safetensors.
 
-    A DexError: no such file, or no exits in it.
+    Raise DexError where there is no such file, or no exits in it.
     """
     from safetensors import safe_open
 
@@ -135,7 +135,7 @@ def load_exits(path: str | os.PathLike) -> TrainedExits:
                 wanted[name + _STEPS] = ("F32", (*shape[:-1], 1))
         if config.draft_size is not None:
             wanted[_VOCABULARY] = ("I32", (config.draft_size,))
-        # Before anything is read: shapes that lie would multiply to more than there is.
+        # This comes before anything is read: wrong shapes would take more memory than there is.
         for name, kept in wanted.items():
             found = stored.get(name)
             refuse(file, (found != kept, f"should hold {name} as {kept} and has {found}: {advice}"))
@@ -152,20 +152,20 @@ def load_exits(path: str | os.PathLike) -> TrainedExits:
 
 
 def quantize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(int8 [..., in], float32 steps [..., 1]): each row times its step is the matrix to within half a step."""
+    """Return (int8 [..., in], float32 steps [..., 1]): each row times its step is the matrix to within half a step."""
     steps = np.maximum(np.abs(matrix).max(axis=-1, keepdims=True), 1e-12).astype(np.float32) / 127
     return np.rint(matrix / steps).astype(np.int8), steps
 
 
 @functools.lru_cache(maxsize=2)
 def default_exits(fingerprint: str) -> TrainedExits | None:
-    """The exits that ship for a model, by its fingerprint."""
+    """Return the exits that ship for a model, by its fingerprint; None if there are none."""
     return _shipped(f"{fingerprint}.safetensors")
 
 
 @functools.lru_cache(maxsize=2)
 def default_drafter(fingerprint: str) -> TrainedExits | None:
-    """The drafter that ships for a model, by its fingerprint."""
+    """Return the drafter that ships for a model, by its fingerprint; None if there is none."""
     return _shipped(f"{fingerprint}.drafter.safetensors")
 
 

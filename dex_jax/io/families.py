@@ -1,4 +1,4 @@
-"""Families of models: how config.json, safetensors and GGUF files say what each is, as one table."""
+"""The families of models in one table: how config.json, safetensors and GGUF files describe each."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Settings(Struct, kw_only=True):
     no_rope_layer_interval: Size = 4
     position_embedding_type: str | None = None
 
-    # Rules for layers (0-based), of which a family has its own.
+    # Rules for layers (0-based): each family has its own.
 
     def _said(self, layer: int, otherwise: bool) -> bool:
         return otherwise if self.layer_types is None else self.layer_types[layer : layer + 1] == ["sliding_attention"]
@@ -97,7 +97,7 @@ class Family:
     """The properties that set a family apart."""
 
     class_name: str  # the model's class in transformers
-    defaults: dict[str, Any]  # what keys of config.json mean that are left out, as in transformers
+    defaults: dict[str, Any]  # the values of keys that config.json leaves out, as in transformers
     gguf: str | None = None  # its architecture in GGUF files; None where llama.cpp has none, or calls it a "llama"
     interleaved: bool = False  # whether GGUF files hold the rows of q and k in llama.cpp's order
     constants: dict[str, Any] = dataclasses.field(default_factory=dict)  # fields of ModelConfig that all models share
@@ -111,13 +111,13 @@ class Family:
     scaled: bool = False  # whether embeddings grow by the root of the width, and scores shrink by that of `query_size`
 
     def settings(self, config: dict[str, Any]) -> dict[str, Any]:
-        """config.json with what is left out, less the keys that other families alone know."""
+        """Return config.json with defaults for what is left out, without the keys that other families alone know."""
         known = {key: value for key, value in config.items() if key not in self.keys}
         known |= {ours: config[theirs] for ours, theirs in self.keys.items() if theirs in config}
         return self.defaults | {key: known[key] for key in known if self.knows(key)}
 
     def knows(self, key: str) -> bool:
-        """Return whether it reads a key of config.json; keys of `_OWN` only where `defaults` has them."""
+        """Return whether this family reads a key of config.json; keys of `_OWN` only where `defaults` has them."""
         return key not in _OWN or key in self.defaults
 
 
@@ -195,7 +195,7 @@ FAMILIES: dict[str, Family] = {
     "granitemoehybrid": Family("GraniteMoeHybridForCausalLM", _GRANITE4, names=_SHARED_MLP, **_HYBRID),
     "phi3": Family("Phi3ForCausalLM", _PHI3, "phi3", names=_FUSED, partial=True, slides=Settings._always),
 }
-"""model_type of config.json -> what it is."""
+"""The family of each model_type of config.json."""
 
 WITH_TEXT = ("gemma3", "mistral3")
-"""Models of images and text whose `text_config` describes a model of the families above."""
+"""The types of models of images and text with a `text_config` that describes a model of the families above."""

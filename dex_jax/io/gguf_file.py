@@ -28,14 +28,14 @@ _WIDE = 64
 
 
 class GGUFFile(Tensors):
-    """One open GGUF file: its `metadata`, key -> number, string, bool or list, and tensors as Hugging Face has them.
+    """A GGUF file: its `metadata`, key -> number, string, bool or list, and tensors as Hugging Face has them.
 
-    What differs there depends on the model: `heads` holds the names of matrices whose rows llama.cpp rearranges and the
-    heads in each, `norm_offset` is what its converter has added to norms.
+    The differences depend on the model: `heads` are the names of matrices in which llama.cpp rearranges rows, with the
+    number of heads of each; `norm_offset` is what its converter has added to norms.
     """
 
     def __init__(self, path: Path):
-        """A DexError: not a GGUF file, a version or byte order that is not known, or a file that ends too early."""
+        """Read the header; raise DexError for no GGUF file, an unknown version or byte order, or a truncated file."""
         self.path = path
         self.heads: dict[str, int] = {}
         self.norm_offset = np.float32(0)
@@ -50,14 +50,14 @@ class GGUFFile(Tensors):
             refuse(path, (beyond, f"is truncated: tensor {name} ends beyond its {size:,} bytes: get it again"))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start` to `stop`; all are read where rows are rearranged."""
+        """Return rows `start` to `stop`; all are read where rows are rearranged."""
         if heads := self.heads.get(name.split(".")[-2]):
             return _unpermute(self._rows(self.stored[name], 0, None), heads)[start:stop]
         rows = self._rows(self.stored[name], start, stop)
         return rows - self.norm_offset if self.norm_offset and name.endswith("norm.weight") else rows
 
     def blocks(self, name: str) -> np.ndarray:
-        """The rows as they are stored: [rows, bytes] uint8."""
+        """Return the rows as they are stored, in Hugging Face's order: [rows, bytes] uint8."""
         rows = np.array(self._stored_rows(self.stored[name], 0, math.prod(self.stored[name].shape[:-1])))
         heads = self.heads.get(name.split(".")[-2])
         return _unpermute(rows, heads) if heads else rows
@@ -94,7 +94,7 @@ class GGUFFile(Tensors):
 
 
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's reordering of the rows [heads * d, ...] of q and k.
+    """Undo llama.cpp's reordering of the rows [heads * d, ...] of q and k.
 
     llama.cpp rotates neighbours (2i, 2i + 1), Hugging Face and this package rotate halves (i, i + d / 2), so the
     converter interleaves the two halves of every head for architecture "llama".

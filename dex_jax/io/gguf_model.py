@@ -1,4 +1,4 @@
-"""A GGUF file as a checkpoint: what its metadata say in the words of config.json."""
+"""A GGUF file as a checkpoint: its metadata are translated to the keys of config.json."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from dex_jax.io.huggingface_config import huggingface_config, yarn_magnitude
 
 _ARCHITECTURES = {family.gguf: name for name, family in FAMILIES.items() if family.gguf}
 _LLAMA3, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
-# How many layers the two models have whose scores are divided by the root of D / H and not of d: no file says it.
+# The number of layers of the two models that divide scores by the root of D / H and not of d: no file says it.
 _WIDE_SCALE = {"gemma2": 46, "gemma3_text": 62}
-# Key, after the architecture, -> key of config.json.
+# The key of config.json for each key that follows the architecture.
 _KEYS = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -71,7 +71,7 @@ class _Model(Struct):
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """The checkpoint in a GGUF file. A DexError: a file that is damaged, or a model that is not covered."""
+    """Open the checkpoint in a GGUF file; raise DexError for a damaged file, or a model that is not covered."""
     file = GGUFFile(path)
     config = _config(file)
     if FAMILIES[config.family].interleaved:
@@ -124,7 +124,7 @@ def _config(file: GGUFFile) -> ModelConfig:
 
 
 def _rope_scaling(file: GGUFFile, model: _Model, plain: ModelConfig) -> dict[str, Any] | None:
-    """The entry of config.json; `plain` is the model without any."""
+    """Return the entry of config.json for RoPE scaling; `plain` is the model without any."""
     # Where the two weights of arXiv 2309.00071 are equal, as with this key, they cancel.
     grown = 1.0 if model.log_multiplier else yarn_magnitude(model.factor)
     said: dict[str, Any] = {
@@ -155,8 +155,9 @@ def _rope_scaling(file: GGUFFile, model: _Model, plain: ModelConfig) -> dict[str
 
 
 def _plain(value: Any, where: str = "") -> Any:
-    """A number as it was meant: of a list with one for each layer what it repeats, of a float32 the shortest decimal
-    that rounds to it (1e-05, where the file holds 9.99999975e-06).
+    """Return a number as it was meant: the one that a list for all layers repeats, or the decimal behind a float32.
+
+    That is the shortest decimal that rounds to it (1e-05, where the file holds 9.99999975e-06).
     """
     if isinstance(value, list) and value:
         refuse(where, (any(each != value[0] for each in value), "differs from layer to layer, which is not covered"))

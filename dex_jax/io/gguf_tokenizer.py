@@ -43,10 +43,10 @@ class _Vocabulary(Struct):
 
 
 def gguf_tokenizer(metadata: dict[str, Any], eos_ids: tuple[int, ...], source: str) -> Tokenizer | None:
-    """The tokenizer that a GGUF file's metadata describe, None when it carries no vocabulary.
+    """Build the tokenizer that a GGUF file's metadata describe; return None where they have no vocabulary.
 
-    `eos_ids` end a sequence by the model's configuration; `source` is the file, for errors. A DexError: a vocabulary of
-    another kind than BPE on bytes or SentencePiece's, or split by rules not known.
+    `eos_ids` end a sequence by the model's configuration; `source` is the file, for errors. Raise DexError for a
+    vocabulary of another kind than BPE on bytes or SentencePiece's, or one split by unknown rules.
     """
     prefix, elsewhere = "tokenizer.ggml.", "use the Hugging Face directory of this model"
     own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
@@ -102,7 +102,7 @@ def _byte_level_bpe(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
 
 
 def _sentencepiece(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
-    """SentencePiece's BPE: of two neighbours that make a token, those of the best score are joined first."""
+    """Build SentencePiece's BPE, which first joins the two neighbours that make the token with the best score."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     tokens = vocabulary.tokens
@@ -123,7 +123,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
 
 
 def _with_added(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary, begins: bool) -> tokenizers.Tokenizer:
-    """The tokenizer with its special tokens, and with BOS in front of texts if the file, or else `begins`, says so."""
+    """Return the tokenizer with special tokens, and with BOS before texts if the file, or else `begins`, says so."""
     from tokenizers import AddedToken, processors
 
     kinds = list(zip(vocabulary.tokens, vocabulary.token_type, strict=False))

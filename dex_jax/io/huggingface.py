@@ -41,9 +41,9 @@ class _TokenizerConfig(Struct):
 
 
 def open_folder(folder: Path, source: str) -> Checkpoint:
-    """The checkpoint in a folder with config.json, safetensors and a tokenizer, as `save_pretrained` writes it.
+    """Open the checkpoint in a folder with config.json, safetensors and a tokenizer, as `save_pretrained` writes it.
 
-    The tokenizer's files are read when it is asked for; `source` is what reports and errors call the folder. A
+    The tokenizer's files are read at its first use; `source` is what reports and errors call the folder. Raise
     DexError where files are missing or not covered.
     """
     config, files = read_config(folder, source), SafetensorsFiles(folder)
@@ -53,7 +53,7 @@ def open_folder(folder: Path, source: str) -> Checkpoint:
 
 
 def read_config(folder: Path, source: str) -> ModelConfig:
-    """Reads a folder's configuration; weights need not be there. A DexError where it is missing or not covered."""
+    """Read a folder's configuration, without its weights; raise DexError where it is missing or not covered."""
     absent, adapter = not (folder / "config.json").is_file(), (folder / "adapter_config.json").is_file()
     advice = "merge it into its base model (merge_and_unload in peft), save that and open the result"
     refuse(
@@ -65,7 +65,7 @@ def read_config(folder: Path, source: str) -> ModelConfig:
 
 
 def json_of(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object; an absent file is an empty one."""
+    """Read a JSON object from a file; an absent file is an empty one."""
     file = folder / name
     with reading(file):
         return parsed(file.read_bytes(), dict[str, Any], file) if file.is_file() else {}
@@ -113,21 +113,21 @@ class SafetensorsFiles(Tensors):
     """The tensors of a folder's safetensors files."""
 
     def __init__(self, folder: Path):
-        """Reads headers; a DexError if a file is truncated or damaged."""
+        """Read the headers; raise DexError if a file is truncated or damaged."""
         self.stored = {}
-        # As transformers chooses: some folders hold the same weights once more under another name.
+        # transformers chooses like this: some folders hold the same weights once more under another name.
         found = [sorted(folder.glob(name)) for name in ("model.safetensors", "model*.safetensors", "*.safetensors")]
         for file in next(filter(None, found), []):
             with _opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118
                     view = tensors.get_slice(name)
-                    # As a model of text alone has it, where what reads images stands beside that.
+                    # This is the name in a model of text alone; here what reads images stands beside that model.
                     known = re.sub(r"^(model\.)?language_model\.", r"\1", name)
                     format = view.get_dtype()
                     self.stored[known] = Stored(file, tuple(view.get_shape()), format, _DTYPES.get(format), name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start` to `stop`."""
+        """Return rows `start` to `stop`."""
         found = self.stored[name]
         # Opened anew: the pages that were read leave this process with the map.
         with _opened(found.file) as tensors:

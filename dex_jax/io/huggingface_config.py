@@ -1,4 +1,4 @@
-"""config.json, in the forms of transformers 4 and 5, as a ModelConfig."""
+"""The conversion of config.json, in the forms of transformers 4 and 5, to a ModelConfig."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dex_jax.foreign import refuse, typed
 from dex_jax.io.families import FAMILIES, WITH_TEXT, Family, Ids, Settings
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
-# No file holds the tensors of more; that there are too few is said when they are looked for.
+# No file holds the tensors of more layers; Checkpoint says that there are too few.
 _MOST_LAYERS = 100_000
 _ATTENTION = ("full_attention", "sliding_attention", "attention")
 
@@ -50,20 +50,20 @@ SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "yarn": (("original_context",), ("factor", "fast", "slow", "truncate", "magnitude", "query_growth")),
     "longrope": (("short_factors", "long_factors"), ("magnitude", "original_context")),
 }
-"""Kind of RoPE scaling -> the fields of RopeScaling that config.json must say, and that it may; their keys above."""
+"""The fields of RopeScaling that config.json must have, and may have, by kind of scaling; their keys are above."""
 
 _SAME = ModelConfig.__annotations__.keys() - {"rope_scaling", "activation"}
 SHARED_KEYS = {each.name: each.encode_name for each in fields(Settings) if each.name in _SAME}
-"""Field of ModelConfig -> key of config.json, where the value is the same in both."""
+"""The key of config.json for each field of ModelConfig that has the same value in both."""
 
 
 def huggingface_config(
     config: dict[str, Any], generation: dict[str, Any], source: str, told_by: str = "config.json"
 ) -> ModelConfig:
-    """The configuration that config.json and generation_config.json (or {}) of a model called `source` mean.
+    """Return the configuration that a model's config.json and generation_config.json (or {}) mean; `source` names it.
 
-    Of a model of images and text, it is that of the text. A DexError: another architecture, a feature that the model
-    here does not have, or values that no model has.
+    For a model of images and text, it is that of the text. Raise DexError for another architecture, a feature that the
+    model here does not have, or values that no model has.
     """
     file = f"{told_by} of {source}"
     name = typed(config, dict[str, Any], file).get("model_type")
@@ -115,7 +115,7 @@ def _refuse_uncovered(config: Settings, source: str) -> None:
 
 
 def _layer_kinds(config: Settings, family: Family) -> list[dict[str, Any]]:
-    """The kinds of the layers as ModelConfig takes them, [] where all are alike and see everything."""
+    """Return the kinds of the layers as ModelConfig takes them, [] where all are alike and see everything."""
     # A window as long as the longest sequence hides nothing.
     window = config.sliding_window if config.sliding_window and config.sliding_window < config.context else None
     kinds = []
@@ -127,7 +127,7 @@ def _layer_kinds(config: Settings, family: Family) -> list[dict[str, Any]]:
 
 
 def _rope(config: Settings, family: Family, head_dim: int, source: str, file: str) -> dict[str, Any]:
-    """The fields of ModelConfig that say how heads are rotated."""
+    """Return the fields of ModelConfig that say how heads are rotated."""
     given, local_theta = config.rope_parameters or config.rope_scaling or {}, config.local_rope_theta
     told = f"RoPE in {file}"
     if given.keys() & {"full_attention", "sliding_attention"}:  # as transformers 5 writes it for layers of two kinds

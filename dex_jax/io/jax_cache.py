@@ -10,7 +10,7 @@ from dex_jax.io.whole_files import cache_folder
 
 
 def keep_programs() -> None:
-    """Lets JAX keep all that it compiles in the user's cache folder, unless the user has said where, or not to."""
+    """Let JAX keep all that it compiles in the user's cache folder, unless the user has set where, or not to."""
     if jax.config.values["jax_compilation_cache_dir"] is None and jax.config.values["jax_enable_compilation_cache"]:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

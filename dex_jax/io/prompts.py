@@ -1,4 +1,4 @@
-"""Prompts as users give them, turned into token ids."""
+"""The conversion of prompts, as users give them, to token ids."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ WHAT_A_PROMPT_IS = "a prompt is a string, a list of messages or a list of token 
 def encode_prompt(
     prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, source: str, chat: bool = True
 ) -> list[int]:
-    """Token ids, all below vocab_size, of a prompt: a string, a list of messages, or a list of token ids, used as is.
+    """Return the token ids, all below `vocab_size`, of a prompt: a string, a list of messages, or a list of token ids.
 
-    A string is made a user message of the chat template if there is one and `chat`; messages are {"role", "content"}.
-    `source` names the checkpoint in errors.
+    A string becomes a user message of the chat template if there is one and `chat` is set; messages are dictionaries
+    with "role" and "content". Token ids stay as they are. `source` names the checkpoint in errors.
 
-    A DexError where the prompt is empty, of another type, has ids outside the vocabulary, or needs a tokenizer or chat
-    template that is missing.
+    Raise DexError where the prompt is empty, of another type, has ids outside the vocabulary, or needs a tokenizer or
+    chat template that is missing.
     """
     if isinstance(prompt, np.ndarray) and prompt.ndim == 1:
         prompt = prompt.tolist()

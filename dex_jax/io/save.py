@@ -1,4 +1,4 @@
-"""A model as a Hugging Face directory that `dex_jax.load` and transformers read."""
+"""The export of a model to a Hugging Face directory that `dex_jax.load` and transformers read."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _STORED = ("float32", "float16")
 def save_model(
     folder: str | Path, config: ModelConfig, weights: Mapping[str, Any], tokenizer: Tokenizer | None = None
 ) -> Path:
-    """Writes config.json, model.safetensors and tokenizer.json, all of them or nothing, and returns the folder.
+    """Write config.json, model.safetensors and tokenizer.json, all of them or nothing, and return the folder.
 
     Args:
-      folder: made.
-      config: of one of the families that `load` reads.
+      folder: the one to make.
+      config: that of a model of the families that `load` reads.
       weights: canonical name ("embed", "layers.0.qkv", ...) -> array of the shape that `config` means. float32 and
         float16 are stored as they are, other floats as float32.
-      tokenizer: a chat template is not written.
+      tokenizer: written without its chat template; None for none.
 
     Raises:
-      DexError: a weight is missing, misshapen or unknown, a configuration that config.json cannot say, a folder that
-        is there and not empty, or no room on the disk.
+      DexError: a weight is missing, misshapen or unknown, config.json cannot say the configuration, the folder is
+        there and not empty, or there is no room on the disk.
     """
     import safetensors.numpy
 
@@ -51,7 +51,7 @@ def save_model(
     try:
         fresh.mkdir(parents=True)
         (fresh / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        # The metadata entry is what transformers asks for.
+        # transformers requires the metadata entry.
         safetensors.numpy.save_file(tensors, fresh / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             (fresh / "tokenizer.json").write_text(tokenizer.backend.to_str(pretty=True), encoding="utf-8")
@@ -66,7 +66,7 @@ def save_model(
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
-    """The content of config.json, which `huggingface_config` reads as `config`; a DexError where it cannot say that."""
+    """Return the config.json that `huggingface_config` reads as `config`; raise DexError where it cannot say that."""
     unknown = config.family not in FAMILIES
     refuse(config.family, (unknown, f"is no family of models: choose one of {', '.join(FAMILIES)}"))
     family = FAMILIES[config.family]
@@ -120,7 +120,7 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
 
 
 def _file_tensors(config: ModelConfig, weights: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Every tensor of the file by its published name: the fused canonical tensors cut into their parts."""
+    """Return every tensor of the file by its published name: the fused canonical tensors are cut into their parts."""
     parts = canonical_parts(config, gguf=False)
     for name in weights.keys() ^ parts.keys():
         raise DexError(f"the weights {'hold' if name in weights else 'lack'} {name}, unlike this configuration")

@@ -1,4 +1,4 @@
-"""Chat templates: jinja2 in its sandbox, with what those written for transformers expect."""
+"""Chat templates, run by jinja2 in its sandbox, with the names that those written for transformers expect."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import Any, NoReturn
 
 LONGEST, SECONDS = 10_000_000, 5.0
-"""Characters that a template may write, and how long it may take: jinja2's sandbox bounds neither."""
+"""Number of characters that a template may write, and of seconds that it may take: jinja2's sandbox bounds neither."""
 
 _deadline: ContextVar[float] = ContextVar("_deadline")
 
@@ -18,7 +18,7 @@ _deadline: ContextVar[float] = ContextVar("_deadline")
 def rendered(template: str, names: dict[str, Any]) -> str:
     """Return what a template writes, given some names; raise jinja2.TemplateSyntaxError where it does not compile.
 
-    Otherwise whatever a program can raise; TimeoutError and OverflowError where it leaves its bounds.
+    It may raise whatever a program can; TimeoutError and OverflowError say that it has left its bounds.
     """
     _deadline.set(time.monotonic() + SECONDS)
     written = ""
@@ -36,7 +36,7 @@ def _compiled(template: str) -> Any:
     from jinja2 import nodes
 
     class Generation(jinja2.ext.Extension):
-        """Lets {% generation %} ... {% endgeneration %}, which marks text for training, pass through."""
+        """An extension that passes over {% generation %} ... {% endgeneration %}, which marks text for training."""
 
         tags = {"generation"}  # noqa: RUF012
 

@@ -44,7 +44,7 @@ def layer_prefix(layer: int, *, gguf: bool) -> str:
 
 
 def canonical_parts(config: ModelConfig, *, gguf: bool) -> dict[str, tuple[Part, ...]]:
-    """Maps every canonical tensor of the model to the file's tensors that it is stacked from."""
+    """Map every canonical tensor of the model to the file's tensors that it is stacked from."""
     shapes = _part_shapes(config)
     in_layer = LAYER_NAMES | FAMILIES[config.family].names
     places = [("", "", _TOP)]
@@ -64,12 +64,12 @@ def _parts(prefix: str, names: tuple[str, ...], shapes: list[Shape]) -> tuple[Pa
 
 
 def stacked_shape(shapes: list[Shape]) -> Shape:
-    """The shape of a canonical tensor: its parts, one above the other."""
+    """Return the shape of a canonical tensor, which has its parts one above the other."""
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def _part_shapes(config: ModelConfig) -> dict[str, list[Shape]]:
-    """The shapes of the parts of every kind of canonical tensor that the model has."""
+    """Return the shapes of the parts of every kind of canonical tensor that the model has."""
     D, F, V, d = config.width, config.mlp_width, config.vocab_size, config.head_dim
     q, kv = config.num_heads * d, config.num_kv_heads * d
     before, after = config.norms != "after", config.norms != "before"

@@ -33,7 +33,7 @@ _Chat = Annotated[list[_Message], Meta(min_length=1)]
 
 
 class Tokenizer:
-    """Wraps `tokenizers.Tokenizer` with a chat template and the ids that end a turn."""
+    """A wrapper of `tokenizers.Tokenizer` with a chat template and the ids that end a turn."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Tokenizer:
         eos_ids: Sequence[int] = (),
         source: str = "this tokenizer",
     ):
-        """`template` is jinja2 text and may use the names in `variables`, such as bos_token, too.
+        """Wrap `backend`; `template` is jinja2 text and may also use the names in `variables`, such as bos_token.
 
         `eos_ids` end a sequence by the model's own configuration; `source` is where it came from, for error messages.
         """
@@ -58,7 +58,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Return whether `chat` works."""
+        """True if there is a chat template, which `chat` needs."""
         return self._template is not None
 
     @cached_property
@@ -97,20 +97,20 @@ class Tokenizer:
             return self.backend.encode(text, add_special_tokens=add_special).ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Ids to text; ids that are not known give nothing, and bytes that are no UTF-8 give U+FFFD."""
+        """Turn ids into text; unknown ids give nothing, and bytes that are no UTF-8 give U+FFFD."""
         with reading(f"the tokenizer of {self._source}"):
             return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """Chat messages, dictionaries with strings "role" and "content", to ids, BOS only where the template has it.
+        """Turn chat messages, dictionaries with strings "role" and "content", into ids; only the template adds BOS.
 
-        `add_generation_prompt` ends with what opens the assistant's answer. A DexError: no chat template, or messages
-        that it does not accept.
+        With `add_generation_prompt` they end with what opens the assistant's answer. Raise DexError if there is no chat
+        template, or it does not accept the messages.
         """
         return self.encode(self.render(messages, add_generation_prompt), add_special=False)
 
     def render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The text that `chat` encodes. Arguments and errors as there."""
+        """Return the text that `chat` encodes, with the same arguments and errors."""
         if self._template is None:
             raise DexError(f"{self._source} has no chat template: give plain text and turn chat off.")
         typed(messages, _Chat, "the chat", 'give a list of messages like {"role": "user", "content": "Hello"}')
@@ -128,7 +128,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Turns ids into text piece by piece; all pieces together are what one `decode` of all ids gives.
+    """A stream that turns ids into text piece by piece; all pieces together are one `decode` of all ids.
 
     >>> stream = TextStream(tokenizer)  # doctest: +SKIP
     >>> print(stream.push([504]), stream.push([2234, 314]), stream.flush())  # doctest: +SKIP
@@ -137,12 +137,12 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer, self._decode = tokenizer, tokenizer.decode
         self._byte_fallback = tokenizer.backend.token_to_id("<0x00>") is not None
-        # Decoded together: what is not settled, after one token that is, as decoders drop a space at the beginning.
+        # The ids to decode together: those not settled, after one that is, as decoders drop a space at the beginning.
         self._window: list[int] = []
         self._emitted = 0
 
     def push(self, ids: Iterable[int]) -> str:
-        """Takes more ids and returns the text that no later id can change."""
+        """Take more ids and return the text that no later id can change."""
         self._window += [int(i) for i in ids if self._visible(int(i))]
         settled = len(self._window) - self._open_bytes()
         text = self._decode(self._window[:settled])
@@ -157,7 +157,7 @@ class TextStream:
         return new
 
     def flush(self) -> str:
-        """Returns what was held back, bytes that are no UTF-8 as U+FFFD, and starts afresh."""
+        """Return what was held back, bytes that are no UTF-8 as U+FFFD, and start afresh."""
         new = self._decode(self._window)[self._emitted :]
         self._window, self._emitted = [], 0
         return new
@@ -169,7 +169,7 @@ class TextStream:
     def _open_bytes(self) -> int:
         """Return the number of tokens at the end that are single bytes of a SentencePiece vocabulary.
 
-        A run of those reads as characters only if all of it is UTF-8, so nothing of it is settled before it ends.
+        A run of those decodes to characters only if all of it is UTF-8, so nothing of it is settled before it ends.
         """
         if not self._byte_fallback:
             return 0

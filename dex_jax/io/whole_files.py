@@ -1,4 +1,4 @@
-"""Files that are written as a whole or not at all: under another name first, which then takes the place of the old."""
+"""Files that are written as a whole or not at all: under another name first, which then replaces the old file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dex_jax.errors import DexError
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes a file, text as UTF-8, and the folders that it lies in; after a DexError what was there is still there."""
+    """Write a file, text as UTF-8, and the folders that it lies in; after a DexError an old file is still there."""
     file = Path(path)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")  # its own, where two processes write one file
     try:
@@ -34,7 +34,7 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
 
 
 def lock(file: IO[Any]) -> None:
-    """Locks an open file against other processes until it is closed; a BlockingIOError where another one has."""
+    """Lock an open file against other processes until it is closed; raise BlockingIOError where another has it."""
     try:
         import fcntl
     except ImportError:  # Windows: two processes with one file are then the user's to avoid.
@@ -43,7 +43,7 @@ def lock(file: IO[Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A value as strict JSON: NumPy and JAX scalars and arrays become numbers and lists, numbers not finite None."""
+    """Return a value as strict JSON: NumPy and JAX arrays become numbers and lists, NaN and infinities None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, dict):
@@ -56,9 +56,9 @@ def plain(value: Any) -> Any:
 
 
 def cache_folder() -> Path:
-    """Return the folder that keeps between runs what can be made again: a user's cache that only the user may write.
+    """Return the user's cache folder, which only the user may write; it keeps between runs what can be made again.
 
-    Without a home directory, or where others may write, a folder that goes with this process, and one line on stderr.
+    Without a home directory, or where others may write, it is a folder of this process, and a line on stderr says so.
     """
     named = os.environ.get("XDG_CACHE_HOME", "")
     try:
@@ -74,7 +74,7 @@ def cache_folder() -> Path:
 
 
 def only_the_user_wrote(file: Path) -> bool:
-    """Return whether a file is there, the user's own, and no one else's to write: what is loaded runs as the user."""
+    """Return whether a file exists, is the user's and nobody else may write it: what is loaded runs as the user."""
     try:
         about = file.lstat()
     except FileNotFoundError:
@@ -89,5 +89,5 @@ def _temporary_folder(why: str) -> tempfile.TemporaryDirectory:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes a value as JSON on one line, see `write_whole`; a ValueError for NaN and infinities, which JSON lacks."""
+    """Write a value as JSON on one line by `write_whole`; raise ValueError for NaN and infinities, which JSON lacks."""
     write_whole(path, json.dumps(value, allow_nan=False))

@@ -1,4 +1,4 @@
-"""Grouped-query attention over several sets of keys: in C++ on CPUs, by cuDNN on GPUs that have it, else by XLA.
+"""Grouped-query attention over several sets of keys: in C++ on CPUs, by Triton or cuDNN on newer GPUs, else by XLA.
 
 Letters: B sequences, R rows a sequence (tokens of a prompt chunk, or lattice nodes), H query heads, G key-value heads,
 d head width, S keys.
@@ -20,13 +20,13 @@ from dex_jax.nn.products import gpu_capability, matmul_precision
 MASKED_SCORE = -1e30
 
 KEY_BLOCK = 512
-"""Keys that many rows are scored with at once."""
+"""Number of keys in a block, where more than MANY_ROWS rows attend."""
 
 MANY_ROWS = 16
-"""More than so many rows are scored with a block of keys at a time."""
+"""The largest number of rows that are scored with all keys at once."""
 
 FEW_KEYS = 16
-"""Keys that GPUs score with sums of products, which are part of what comes before and after, instead of a product."""
+"""The most keys of a source that GPUs score with sums, which XLA fuses with the operations around them."""
 
 
 class KeyValues(NamedTuple):
@@ -34,23 +34,23 @@ class KeyValues(NamedTuple):
 
     keys: Any  # [B, G, S, d]; a few_rows.OneOf where layers are a loop
     values: Any  # as keys
-    mask: jax.Array  # [B, R, S] bool, which of them each row sees; broadcasting over R is allowed
+    mask: jax.Array  # [B, R, S] bool, the keys that each row sees; broadcasting over R is allowed
 
 
 def capped(x: jax.Array, cap: float | jax.Array | None) -> jax.Array:
-    """cap tanh(x / cap), or x without one."""
+    """Return cap tanh(x / cap), or x where `cap` is None."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def causal_rows(batch: int, rows: int) -> jax.Array:
-    """Return the causal attention mask of rows in a line, which see those before and themselves: [B, R, R] bool."""
+    """Return the causal attention mask of consecutive rows: [B, R, R] bool."""
     return jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool))[None], (batch, rows, rows))
 
 
 def attend(queries: jax.Array, sources: Sequence[KeyValues], cap: float | None = None) -> jax.Array:
-    """Grouped-query attention of queries [B, R, H, d] over all sources, which share one softmax in float32.
+    """Attend with queries [B, R, H, d] to all sources, which share one softmax in float32.
 
-    Every row must see at least one key. `cap` as in `capped`, of scores. Gives [B, R, H, d] in queries' dtype.
+    Every row must see at least one key. Scores are `capped` by `cap`. Returns [B, R, H, d] in the queries' dtype.
     """
     if isinstance(sources[0].keys, few_rows.OneOf):
         return _attend_few_rows(cap, queries, list(sources))
@@ -99,7 +99,7 @@ def _attend_in_one_kernel(cap: None, queries: jax.Array, sources: Sequence[KeyVa
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend_in_blocks(cap: float | None, queries: jax.Array, sources: Sequence[KeyValues]) -> jax.Array:
-    """Compute `_attend` a block of keys at a time up to the last that a row sees: most of a KV cache is often empty."""
+    """Compute `_attend` block by block of keys up to the last that a row sees: most of a KV cache is often empty."""
     rows, heads, width = queries.shape[1:]
     groups = sources[0].keys.shape[1]
     by_group = _by_group(queries, groups)
@@ -116,7 +116,7 @@ def _attend_in_blocks(cap: float | None, queries: jax.Array, sources: Sequence[K
 
     shape = by_group.shape[:3]
     state = (jnp.full(shape, MASKED_SCORE), jnp.zeros(shape), jnp.zeros((*shape, width)))
-    # Rows see themselves in the last source: what has been added for rows that saw nothing before is then weighed 0.
+    # Every row sees itself in the last source: then what was added before for rows that saw nothing gets the weight 0.
     for source in sources:
         length = source.keys.shape[2]
         if length <= KEY_BLOCK:
@@ -151,7 +151,7 @@ for _attention in (_attend_few_rows, _attend_in_blocks, _attend_in_one_kernel):
 
 
 def _by_group(queries: jax.Array, groups: int) -> jax.Array:
-    """Queries [B, R, H, d] by the keys that they share: [B, G, n, d], n = H R / G, head by head."""
+    """Group queries [B, R, H, d] by the keys that they share: [B, G, n, d], n = H R / G, head by head."""
     return queries.swapaxes(1, 2).reshape(queries.shape[0], groups, -1, queries.shape[3])
 
 
@@ -161,7 +161,7 @@ def _by_row(attended: jax.Array, rows: int) -> jax.Array:
 
 
 def _seen_by_group(mask: jax.Array, rows: int, share: int) -> jax.Array:
-    """A mask [B, R, S], or [B, 1, S] for all rows, for `share` heads: [B, n, S], or [B, 1, S]."""
+    """Repeat a mask [B, R, S] for `share` heads: [B, n, S]; a mask [B, 1, S] of all rows stays as it is."""
     return mask if mask.shape[1] < rows else jnp.tile(mask, (1, share, 1))
 
 
@@ -175,7 +175,7 @@ def _attend(cap: float | None, queries: jax.Array, sources: Sequence[KeyValues],
             # Keys times queries, so that the cache is read as it lies: the other way round XLA transposes it.
             return _sum_in_float32("bgsd,bgnd->bgsn", source.keys, by_group).swapaxes(2, 3)
         if source.keys.shape[2] > FEW_KEYS:
-            # Of products of the same queries with two sources XLA would make one, with a copy of all keys.
+            # Without a barrier XLA joins products of the same queries with two sources into one, and copies all keys.
             own = by_group if source is sources[0] else jax.lax.optimization_barrier(by_group)
             return _sum_in_float32("bgnd,bgsd->bgns", own, source.keys)
         each = by_group[:, :, :, None].astype(jnp.float32)
@@ -200,7 +200,7 @@ def _attend(cap: float | None, queries: jax.Array, sources: Sequence[KeyValues],
 
 
 def _sum_in_float32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """einsum of two arrays of one dtype with a float32 result."""
+    """Compute the einsum of two arrays of one dtype with a float32 result."""
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.einsum(subscripts, a, b, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)

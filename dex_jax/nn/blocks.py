@@ -1,4 +1,4 @@
-"""GGUF's blocks as XLA takes them to pieces: a block's codes, and what makes numbers of them.
+"""Unpacking of GGUF's blocks by XLA: a block's codes, and the scale and offset that make numbers of them.
 
 Letters: n columns of a group, which share a scale.
 """
@@ -20,15 +20,15 @@ FORMATS = {
     "Q5_K": (256, 176),
     "Q6_K": (256, 210),
 }
-"""ggml's name of a format -> columns and bytes of one of its blocks."""
+"""The columns and bytes of one block, by ggml's name of the format."""
 
 
 class Pieces(NamedTuple):
-    """Blocks taken to pieces; a number is scale * code + least."""
+    """Unpacked blocks; a number is scale * code + least."""
 
     codes: jax.Array  # [..., groups, n] int8 or uint8
     scale: jax.Array  # [..., groups, 1] float32
-    least: jax.Array | None = None  # as the scale; None for 0
+    least: jax.Array | None = None  # [..., groups, 1] float32; None for 0
 
     def numbers(self) -> jax.Array:
         """Compute the numbers, bit for bit as the gguf package does: float32, of the codes' shape."""
@@ -37,24 +37,24 @@ class Pieces(NamedTuple):
 
 
 def pieces(part: jax.Array, format: str) -> Pieces:
-    """Rows [..., bytes] uint8 of one of FORMATS; groups are those of a row, in the order of its columns."""
+    """Unpack rows [..., bytes] uint8 of one of FORMATS; groups are those of a row, in the order of its columns."""
     _, size = FORMATS[format]
     each = _PIECES[format](part.reshape(*part.shape[:-1], -1, size))
     return jax.tree.map(lambda x: x.reshape(*part.shape[:-1], -1, x.shape[-1]), each)
 
 
 def _half(blocks: jax.Array, at: int) -> jax.Array:
-    """The float16 at a byte of every block, [..., 1] float32."""
+    """Return the float16 at byte `at` of every block: [..., 1] float32."""
     return jax.lax.bitcast_convert_type(blocks[..., at : at + 2], jnp.float16)[..., None].astype(jnp.float32)
 
 
 def _nibbles(codes: jax.Array) -> jax.Array:
-    """The low codes of 4 bits, then the high ones: [..., n] uint8 -> [..., 2 n]."""
+    """Return the low codes of 4 bits, then the high ones: [..., n] uint8 -> [..., 2 n]."""
     return (_bits(codes[..., None, :], -2, 4) & 15).reshape(*codes.shape[:-1], -1)
 
 
 def _bits(codes: jax.Array, axis: int, step: int) -> jax.Array:
-    """uint8 codes moved right by 0, `step`, 2 * `step`, ... bits along an axis of size 1."""
+    """Shift uint8 codes right by 0, `step`, 2 * `step`, ... bits along an axis of size 1."""
     shape = [1] * codes.ndim
     shape[axis] = 8 // step
     return codes >> jnp.arange(0, 8, step, dtype=jnp.uint8).reshape(shape)
@@ -79,12 +79,12 @@ def _q8_0(blocks: jax.Array) -> Pieces:
 
 
 def _less(codes: jax.Array, zero: int) -> jax.Array:
-    """Codes of which `zero` stands for 0, as int8."""
+    """Subtract `zero`, the code that stands for 0, from codes: int8."""
     return codes.astype(jnp.int8) - jnp.int8(zero)
 
 
 def _k_scales(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The scale and the least number of each 32 columns, two of [..., 8, 1] float32."""
+    """Return the scale and the least number of each 32 columns: two of [..., 8, 1] float32."""
     six = blocks[..., 4:16]
     low, high, last = six[..., :4], six[..., 4:8], six[..., 8:]
     multiple = jnp.concatenate([low & 63, last & 15 | (low >> 6) << 4], axis=-1)
@@ -94,7 +94,7 @@ def _k_scales(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _k_codes(codes: jax.Array) -> jax.Array:
-    """The codes of 4 bits of each 32 columns: [..., 128] -> [..., 8, 32]; two groups have the same bytes."""
+    """Return the codes of 4 bits of each 32 columns: [..., 128] -> [..., 8, 32]; two groups share the same bytes."""
     lead = codes.shape[:-1]
     return _nibbles(codes.reshape(*lead, 4, 32)).reshape(*lead, 8, 32)
 

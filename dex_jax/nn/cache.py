@@ -1,11 +1,11 @@
-"""Keys and values: of the committed prefix, and of the lattice.
+"""The KV caches of the committed prefix and of the lattice, and the writes into them.
 
 The committed cache holds absolute positions; the lattice cache holds the K W slots of the ring of cohorts, which are
 written once and never move. Layers with a window keep the positions that are still seen, in a ring (nn/kinds.py). Both
-are tuples of an array a layer; on a mesh of l arrays with a leading axis [K], of which a device sees its own part,
-which is what a model of l layers has.
+are tuples of one array for each layer; on a mesh they are l arrays with a leading axis [M], and a device has its part.
 
-Letters: B sequences, S cache length, K stages, W rows a stage, l layers per stage, G key-value heads, d head width.
+Letters: B sequences, S cache length, K stages, W rows a stage, M devices of the stage axis, l layers of a device,
+G key-value heads, d head width.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from dex_jax.nn.kinds import MOST_WRITTEN, KindTable, common_window, kind_table,
 from dex_jax.nn.transformer import Staged
 
 UNROLLED_WRITES = 2
-"""Larger batches write in a loop: unrolled, the writes of all layers would be most of the program to compile."""
+"""The largest batch with unrolled writes: in larger ones they would be most of the program to compile."""
 
 AXES = ("stage", "sequence", "heads", None, None)
-"""Logical axes of a cache on a mesh, [K, B, G, positions, d] (dex_jax/nn/sharding.py)."""
+"""Logical axes of a cache on a mesh, [M, B, G, positions, d] (dex_jax/nn/sharding.py)."""
 
-Leaves = Any  # a tuple of L arrays, or of l with a leading axis [K]
+Leaves = Any  # a tuple of L arrays, or on a mesh of l with a leading axis [M]
 
 
 class Memory(NamedTuple):
@@ -38,12 +38,12 @@ class Memory(NamedTuple):
     # Lattice slots, [B, G, K W, d] a layer, K W is 0 outside DEX; [L, B, G, W, d] in one where K = 1 (`with_cohort`)
     lattice_keys: Leaves
     lattice_values: Leaves
-    # what trained exits remember of the committed prefix (decoding/dex/trained_exits.py), () when nothing
+    # what trained exits keep of the committed prefix (decoding/dex/trained_exits.py), () when nothing
     exits: Any = ()
 
 
 def allocate(config: ModelConfig, batch: int, length: int, slots: int, dtype: jnp.dtype) -> Memory:
-    """Empty memory for `batch` sequences of at most `length` committed positions and `slots` = K W lattice slots."""
+    """Return empty caches for `batch` sequences, `length` committed positions and `slots` = K W lattice slots."""
     return jax.tree.map(jnp.zeros_like, shapes(config, batch, length, slots, dtype))
 
 
@@ -56,10 +56,10 @@ def shapes(
     rings: bool = False,
     layout: Staged | None = None,
 ) -> Memory:
-    """Return `allocate`'s memory as jax.ShapeDtypeStruct, without any array; `layout` is that of weights on a mesh.
+    """Return the shapes of `allocate`'s caches as jax.ShapeDtypeStruct; `layout` is that of weights on a mesh.
 
-    With `rings`, for those who write no more than MOST_WRITTEN positions at a time, layers with a window keep no more
-    than that needs, where all that share an array have the same one.
+    With `rings`, layers with a window get rings, if all layers that share an array have the same window. Callers then
+    write at most MOST_WRITTEN positions at a time.
     """
     lead = () if layout is None else (layout.devices,)
 
@@ -76,30 +76,30 @@ def shapes(
 
 
 def lengths_of(memory: Memory) -> tuple[int, ...]:
-    """The lengths of the arrays that hold committed positions, each once."""
+    """Return the distinct lengths of the arrays that hold committed positions, ascending."""
     return tuple(sorted({leaf.shape[-2] for leaf in jax.tree.leaves(memory.keys)}))
 
 
 def with_lattice(memory: Memory, config: ModelConfig, slots: int) -> Memory:
-    """The same committed prefix with `slots` = K W empty lattice slots, whatever slots it had."""
+    """Return the same committed prefix with `slots` = K W empty lattice slots in place of the old ones."""
     leaf = jax.tree.leaves(memory.keys)[0]
     fresh = allocate(config, leaf.shape[-4], 0, slots, leaf.dtype)
     return memory._replace(lattice_keys=fresh.lattice_keys, lattice_values=fresh.lattice_values)
 
 
 def with_cohort(memory: Memory, config: ModelConfig, rows: int) -> Memory:
-    """The same committed prefix with room for one cohort of W = `rows` nodes, which every tick replaces: K = 1."""
+    """Return the same committed prefix with room for one cohort of W = `rows` nodes, replaced in every tick (K = 1)."""
     leaf = jax.tree.leaves(memory.keys)[0]
     blank = jnp.zeros((config.num_layers, leaf.shape[-4], config.num_kv_heads, rows, config.head_dim), leaf.dtype)
     return memory._replace(lattice_keys=blank, lattice_values=blank)
 
 
 def after(index: jax.Array, *results: jax.Array) -> jax.Array:
-    """`index` unchanged, but not known before every one of `results` (any float arrays) has been computed.
+    """Return `index` unchanged, but not before every one of `results` (any float arrays) has been computed.
 
     Writing at such an index tells XLA that a cache is read before it is written. Without that it cannot prove the order
-    inside a loop and copies the whole cache in every step. TPUs copy nothing without it, and with it they lay every
-    cache out anew in every tick (tests/test_compiled.py), so there it does nothing.
+    inside a loop and copies the whole cache in every step. TPUs copy nothing without it, and with it they give every
+    cache a new layout in every tick (tests/test_compiled.py), so there it does nothing.
     """
 
     def wait(index: jax.Array, *results: jax.Array) -> jax.Array:
@@ -113,13 +113,13 @@ def after(index: jax.Array, *results: jax.Array) -> jax.Array:
 
 
 NOWHERE = -1
-"""A position that belongs to nobody: what is written there is not read."""
+"""The start position of rows to discard: nothing reads what is written there."""
 
 
 def write_rows(cache: jax.Array, new: jax.Array, start: jax.Array, kinds: Sequence[LayerKind] = ()) -> jax.Array:
-    """A layer's cache [B, G, S, d] with new [B, G, R, d] at R consecutive positions from `start` [B] int32 on.
+    """Return a layer's cache [B, G, S, d] with `new` [B, G, R, d] written at positions from `start` [B] int32 on.
 
-    Or NOWHERE. `kinds` are those of the layers that share the cache: one, and on a mesh one a stage.
+    `start` may be NOWHERE. `kinds` are those of the layers that share the cache: one, or on a mesh one for each device.
     """
     ring = ring_of(kinds, cache.shape[-2])
 
@@ -130,7 +130,7 @@ def write_rows(cache: jax.Array, new: jax.Array, start: jax.Array, kinds: Sequen
 
 
 def written_in_place(caches: Leaves, rows: int) -> bool:
-    """Return whether one call writes `rows` into all these keys or values of layers apart: on CPUs and newer GPUs."""
+    """Return whether one call writes `rows` rows into all these caches, one a layer: on CPUs and newer GPUs."""
     return (caches[0].dtype in few_rows.DTYPES and few_rows.ready()) or gpu_writes.fits(caches[0], rows)
 
 
@@ -142,10 +142,10 @@ def write_in_place(
     at: jax.Array,
     kinds: Sequence[Sequence[LayerKind]],
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """Keys and values of layers, [B, G, S, d], with rows of others at P consecutive positions from `at` [B] int32 on.
+    """Return keys and values of layers, [B, G, S, d], with P rows written at positions from `at` [B] int32 on.
 
-    Rows `row` [B, P] of keys and values `fresh`, which are arrays [L, B, G, N, d] or L of [B, G, N, d]; None for all.
-    `kinds` are those of each layer, as of `write_rows`.
+    `row` [B, P] chooses them among the keys and values `fresh`, which are arrays [L, B, G, N, d] or L of [B, G, N, d];
+    None takes all. `kinds` are those of each layer, see `write_rows`.
     """
     together = isinstance(fresh[0], jax.Array)
     given = tuple(fresh) if together else (*fresh[0], *fresh[1])
@@ -172,7 +172,7 @@ def write_in_place(
 
 
 def commit_slots(memory: Memory, slot: jax.Array, position: jax.Array, kinds: KindTable) -> Memory:
-    """Copies lattice slots [B, P] int32 of each sequence to committed positions from `position` [B] int32 on.
+    """Copy the lattice slots `slot` [B, P] int32 of each sequence to positions from `position` [B] int32 on.
 
     Sequences that commit fewer slots, or none, are written too: nobody attends to those positions before their own
     commit overwrites them, and a plain write needs neither a read nor a choice. position + P must not pass the cache's
@@ -203,13 +203,13 @@ def commit_slots(memory: Memory, slot: jax.Array, position: jax.Array, kinds: Ki
 
 
 def _put_at(cache: jax.Array, rows: jax.Array, b: int | jax.Array, position: jax.Array, ring: int) -> jax.Array:
-    """The cache with `rows` [1, G, R, d] of sequence b from a position on, in one place a position or a ring."""
+    """Write `rows` [1, G, R, d] of sequence b into a cache from `position` on; `ring` is a ring's size, 0 for none."""
     if not ring:
         end = cache.shape[-2] - rows.shape[-2]
         return _put(cache, rows, (b, 0, jnp.where(position < 0, end, position), 0))
     assert rows.shape[-2] <= MOST_WRITTEN, "who writes more at a time allocates no rings"
-    # A run that passes the ring's end goes on in the margin behind it; once more a turn before, it begins in the margin
-    # in front and ends where it belongs. One that does not lies in that margin alone.
+    # The rows are written twice: where they begin, with those past the ring's end in the margin behind it, and a turn
+    # earlier, which puts these at the ring's start. Rows that do not pass the end then lie in the front margin alone.
     place = jnp.where(position < 0, 0, MOST_WRITTEN + position % ring)
     for at in (place, jnp.maximum(place - ring, 0)):
         cache = _put(cache, rows, (b, 0, at, 0))
@@ -217,7 +217,7 @@ def _put_at(cache: jax.Array, rows: jax.Array, b: int | jax.Array, position: jax
 
 
 def _put(cache: jax.Array, rows: jax.Array, at: tuple[int | jax.Array, ...]) -> jax.Array:
-    """The cache with `rows` from `at` on, as by jax.lax.dynamic_update_slice; both are of one dtype."""
+    """Write `rows` into a cache from `at` on, as jax.lax.dynamic_update_slice does; both have one dtype."""
     put = jax.lax.dynamic_update_slice
     if cache.dtype != jnp.bfloat16:
         return put(cache, rows, at)
@@ -231,9 +231,9 @@ def _put(cache: jax.Array, rows: jax.Array, at: tuple[int | jax.Array, ...]) -> 
 
 
 def _for_each(batch: int, write: Callable[[int | jax.Array, jax.Array], jax.Array], cache: jax.Array) -> jax.Array:
-    """Applies write(b, cache) for every b < B, in place.
+    """Apply write(b, cache) for every b < B, in place.
 
-    Not a vmapped write, which is a scatter: TPUs want the whole cache in another layout for it, a second copy.
+    A vmapped write would be a scatter, for which TPUs want the whole cache in another layout, a second copy.
     """
     if batch > UNROLLED_WRITES:
         # Backwards: libtpu 0.0.42 takes a loop that counts up for one that builds a stack, and fails to compile it.

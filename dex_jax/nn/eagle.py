@@ -1,4 +1,4 @@
-"""EAGLE-3 heads (Li et al., arXiv 2503.01840): one decoder layer over tokens and what a model's layers said before.
+"""EAGLE-3 heads (Li et al., arXiv 2503.01840): one decoder layer over tokens and earlier hidden states of a model.
 
 Letters: B sequences, R rows of each, D width of the model, D' width of the head, V' draft vocabulary, n states.
 """
@@ -20,7 +20,7 @@ from dex_jax.nn.transformer import module_list
 
 
 class EagleLayer(DecoderLayer):
-    """A decoder layer over rows [B, R, 2 D'], tokens' embeddings, then features; it gives features [B, R, D']."""
+    """A decoder layer over token embeddings beside features, [B, R, 2 D']; it returns features [B, R, D']."""
 
     def __init__(self, config: EagleConfig, init: Init):
         width = config.layer.width
@@ -58,7 +58,7 @@ class Eagle(nnx.Module):
         self.states_norm = nnx.Param(init("states_norm", (states,), "scale")) if normed else None
 
     def joined(self, states: jax.Array) -> jax.Array:
-        """The features that states of the model at `reads`, side by side, come to: [..., n D] -> [..., D']."""
+        """Join states of the model at the depths `reads`, side by side, to features: [..., n D] -> [..., D']."""
         if self.states_norm is not None:
             count = len(self.eagle.reads) if self.eagle.norm_states == "each" else 1
             parts = zip(jnp.split(states, count, -1), jnp.split(self.states_norm[...], count), strict=True)
@@ -66,25 +66,25 @@ class Eagle(nnx.Module):
         return linear(states, self.fc[...])
 
     def normed(self, features: jax.Array) -> jax.Array:
-        """The last norm: [..., D'] -> [..., D']."""
+        """Apply the last norm: [..., D'] -> [..., D']."""
         return rms_norm(features, self.norm[...], self.config.norm_eps)
 
     def logits(self, normed: jax.Array) -> jax.Array:
-        """[..., D'] -> [..., V'] float32."""
+        """Return the logits of normed features: [..., D'] -> [..., V'] float32."""
         return linear(normed, self.unembed[...], out_dtype=jnp.float32)
 
 
 def eagle_parameters(config: EagleConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Name -> (shape, kind) of every parameter."""
+    """Return (shape, kind) of every parameter, by name."""
     return recorded(functools.partial(Eagle, config))
 
 
 def eagle_of(config: EagleConfig, parameters: dict[str, np.ndarray], dtype: jnp.dtype) -> Eagle:
-    """The head over given parameters (name -> array), in `dtype`."""
+    """Build the head over given parameters (name -> array), in `dtype`."""
     return Eagle(config, lambda name, shape, kind: jax.device_put(np.asarray(parameters[name], dtype)))
 
 
 @functools.lru_cache(maxsize=16)
 def eagle_graph(config: EagleConfig) -> Any:
-    """The nnx graph definition of a head, without any array."""
+    """Return the nnx graph definition of a head, without any array."""
     return nnx.split(nnx.eval_shape(lambda: Eagle(config, lambda name, shape, kind: jnp.zeros(shape))))[0]

@@ -1,4 +1,4 @@
-"""Exit heads: hidden states at intermediate depths -> features that the model's own unembedding reads.
+"""Exit heads, which turn hidden states at intermediate depths into features for the model's own unembedding.
 
 All exits of a model are of one kind and stacked, so that they run as one vmapped call. Letters: X exits, N rows,
 D width, V' columns of the (draft) vocabulary, C = 2 D inputs of the context layer, S window.
@@ -24,7 +24,7 @@ from dex_jax.nn.rotary import rope_table
 
 
 class ExitHeads(nnx.Module):
-    """Heads of X exits, stacked along the first axis of every parameter but the context layer's.
+    """The heads of X exits, stacked along the first axis of every parameter but the context layer's.
 
     At the start (maps zero, scales the model's final norm) every kind gives what "shared" gives, but at depth 0.
 
@@ -55,7 +55,7 @@ class ExitHeads(nnx.Module):
         self.context_map = stacked("context_map", c.width, c.width) if c.kind == "attn" else None
 
     def base(self, states: jax.Array) -> jax.Array:
-        """Features from a node's own state alone: [X, N, D] -> [X, N, D] in states' dtype.
+        """Return the features from a node's own state alone: [X, N, D] -> [X, N, D] in the states' dtype.
 
         They estimate what the final norm gives at depth L, and stand in for it where a parent has not got there yet.
         """
@@ -66,12 +66,12 @@ class ExitHeads(nnx.Module):
     def features(
         self, states: jax.Array, previous: jax.Array | None, context: jax.Array | None, base: jax.Array | None = None
     ) -> jax.Array:
-        """All that the unembedding needs to know of states [X, N, D] at the exits' depths: [X, N, D + 1].
+        """Return the features of states [X, N, D] at the exits' depths, and a logit behind them: [X, N, D + 1].
 
-        That is features, and the logit of all tokens outside the draft vocabulary together (-inf without one).
-        `previous` [X, N, D] are features after the final norm at the position before, or their estimate, None without
-        `needs_previous`; `context` [X, N, D] comes from `Context.output`, None unless the kind is "attn"; `base` is
-        `base(states)` where the caller has it already.
+        The logit is that of all tokens outside the draft vocabulary together (-inf without one). `previous` [X, N, D]
+        are features after the final norm at the position before, or their estimate, None without `needs_previous`;
+        `context` [X, N, D] comes from `Context.output`, None unless the kind is "attn"; `base` is `base(states)` where
+        the caller has it already.
         """
         normed = self._normed(states)
         out = self.base(states) if base is None else base
@@ -102,9 +102,9 @@ class ExitHeads(nnx.Module):
 
 
 class Context(nnx.Module):
-    """One light decoder layer that reads (token embedding, previous position's features), for exits of kind "attn".
+    """A light decoder layer that reads (token embedding, previous position's features), for exits of kind "attn".
 
-    The names that `init` is asked for begin with "context.".
+    All names that it passes to `init` begin with "context.".
     """
 
     def __init__(self, config: ExitsConfig, init: Init):
@@ -115,19 +115,18 @@ class Context(nnx.Module):
         self.config = config
 
     def enter_rows(self, embedded: jax.Array, previous: jax.Array) -> jax.Array:
-        """(token embeddings, previous features), both [B, R, D] -> the layer's input [B, R, D]."""
+        """Return the layer's input [B, R, D] from token embeddings and previous features, both [B, R, D]."""
         ones = jnp.ones(embedded.shape[-1:], embedded.dtype)
         both = [rms_norm(x, ones, self.config.norm_eps) for x in (embedded, previous)]
         return linear(jnp.concatenate(both, axis=-1), self.enter[...])
 
     def keys_values(self, entered: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of rows [B, R, D] at absolute positions [B, R]: two of [B, G, R, d]."""
+        """Return keys and values of rows [B, R, D] at absolute positions [B, R]: two of [B, G, R, d]."""
         _, keys, values = self.layer.project(entered, rope_table(position, self.layer.config))
         return keys, values
 
     def output(self, entered: jax.Array, position: jax.Array, before: KeyValues | None, among: jax.Array) -> jax.Array:
-        """The layer over rows [B, R, D] from `enter_rows` at positions [B, R] int32: what it gives the exits, [B, R,
-        D].
+        """Run the layer over rows [B, R, D] from `enter_rows` at positions [B, R] int32: [B, R, D] for the exits.
 
         `before` are keys and values of committed positions with the rows' mask; `among` [B, R, R] bool says which rows
         see which, and every row sees itself.
@@ -141,11 +140,11 @@ class Context(nnx.Module):
 
 
 class ContextMemory(NamedTuple):
-    """Keys and values of the last S committed positions, a ring: position n lives at n mod S."""
+    """Keys and values of the last S committed positions in a ring: position n is at n mod S."""
 
     keys: jax.Array  # [B, G, S, d]
     values: jax.Array  # [B, G, S, d]
-    position: jax.Array  # [B, S] int32, which position each entry holds, -1 for none
+    position: jax.Array  # [B, S] int32, the position that each entry holds, -1 for none
 
 
 def _layer_config(config: ExitsConfig) -> ModelConfig:
@@ -164,22 +163,21 @@ def _layer_config(config: ExitsConfig) -> ModelConfig:
 
 
 def _stacked_linear(x: jax.Array, kernel: nnx.Param | None) -> jax.Array:
-    """[X, N, in] by kernels [X, out, in] -> [X, N, out]."""
+    """Multiply x [X, N, in] by the transposes of kernels [X, out, in]: [X, N, out]."""
     assert kernel is not None
     return jax.vmap(linear)(x, kernel[...])
 
 
 def exit_parameters(config: ExitsConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Name -> (shape, kind) of every parameter."""
+    """Return (shape, kind) of every parameter, by name."""
     return recorded(functools.partial(ExitHeads, config))
 
 
 def initial_heads(config: ExitsConfig, final_norm: np.ndarray | jax.Array, seed: int = 0) -> ExitHeads:
-    """Heads before any training, float32: every exit gives what the model's own final norm, of scale [D], would.
+    """Return untrained heads in float32: every exit gives what the model's own final norm, of scale [D], would.
 
     At depth 0 that would be the token itself again, with certainty where embeddings are tied, which takes a long
-    training to forget; an exit there starts without an opinion, from zero. `seed` is of the kernels that do not start
-    at zero.
+    training to unlearn; an exit there starts from zero. `seed` draws the kernels that do not start at zero.
     """
     order = {name: i for i, name in enumerate(exit_parameters(config))}
 
@@ -200,20 +198,20 @@ def initial_heads(config: ExitsConfig, final_norm: np.ndarray | jax.Array, seed:
 def select_exits(
     config: ExitsConfig, parameters: Mapping[str, np.ndarray], depths: tuple[int, ...]
 ) -> tuple[ExitsConfig, dict[str, np.ndarray]]:
-    """(config, parameters) of the heads at some of the trained depths, ascending; the context layer is theirs too."""
+    """Return (config, parameters) of the heads at some trained depths, ascending, and of the context layer."""
     rows = [config.depths.index(depth) for depth in depths]
     kept = {name: value if name.startswith("context.") else value[rows] for name, value in parameters.items()}
     return dataclasses.replace(config, depths=depths), kept
 
 
 def head_at(config: ExitsConfig, parameters: dict[str, jax.Array], place: jax.Array) -> ExitHeads:
-    """The exit at a place (int32) that only the running program knows, as the one exit of a module."""
+    """Return the exit at a place (int32) that only the running program knows, as the one exit of a module."""
     own = {name: value if name.startswith("context.") else value[place][None] for name, value in parameters.items()}
     return ExitHeads(dataclasses.replace(config, depths=(1,)), lambda name, shape, kind: own[name])
 
 
 def heads_of(config: ExitsConfig, parameters: Mapping[str, np.ndarray | Packed], dtype: jnp.dtype) -> ExitHeads:
-    """The module over given parameters (name -> array), in `dtype` where they are not packed."""
+    """Build the module over given parameters (name -> array), in `dtype` where they are not packed."""
 
     def given(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
         found = parameters[name]
@@ -223,7 +221,7 @@ def heads_of(config: ExitsConfig, parameters: Mapping[str, np.ndarray | Packed],
 
 
 def in_int8(parameters: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray | Packed]:
-    """Parameters of a drafter whose kernels [1, out, in] are in 8 bits."""
+    """Round the kernels [1, out, in] among a drafter's parameters to 8 bits."""
     return {
         name: jax.tree.map(lambda part: part[None], as_products_read(to_int8(value[0]))) if value.ndim == 3 else value
         for name, value in parameters.items()
@@ -231,17 +229,17 @@ def in_int8(parameters: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray | P
 
 
 def parameters_of(heads: ExitHeads) -> dict[str, np.ndarray]:
-    """Name -> float32 array of every parameter, on the host."""
+    """Return every parameter as a float32 array on the host, by name."""
     leaves = jax.tree_util.tree_leaves_with_path(nnx.state(heads))
     return {".".join(names_in(path)): np.asarray(leaf, np.float32) for path, leaf in leaves}
 
 
 @functools.lru_cache(maxsize=64)
 def exit_graph(config: ExitsConfig) -> Any:
-    """The nnx graph definition of the heads, without any array."""
+    """Return the nnx graph definition of the heads, without any array."""
     return nnx.split(nnx.eval_shape(lambda: ExitHeads(config, lambda name, shape, kind: jnp.zeros(shape))))[0]
 
 
 def abstract_parameters(config: ExitsConfig, dtype: jnp.dtype) -> Any:
-    """The heads' parameters as jax.ShapeDtypeStruct."""
+    """Return the shapes of the heads' parameters as jax.ShapeDtypeStruct."""
     return nnx.state(nnx.eval_shape(lambda: ExitHeads(config, lambda name, shape, kind: jnp.zeros(shape, dtype))))

@@ -1,9 +1,8 @@
-"""Compute layers on a CPU by the C++ files in cpp/, which the machine's compiler compiles when first needed: what all
-models need, and each format of kernels alone.
+"""Operations of layers on a CPU, in C++ (cpp/) that the machine's compiler compiles when it is first needed.
 
-They may be called in programs of a process in which `ready()` is true. A row's result is the same to the last bit
-however many rows are beside it, one or hundreds. Where there is no compiler, or DEX_JAX_NATIVE=0 in the environment,
-XLA does it. So it does where XLA divides a program among several devices.
+One library has what all models need, and each format of kernels has one of its own. Programs may use them if they are
+traced while `ready()` is true. A row's result is the same to the last bit however many rows are beside it. Without a
+compiler, with DEX_JAX_NATIVE=0, and where XLA divides a program among several devices, XLA computes instead.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ from dex_jax.nn import native
 from dex_jax.nn.products import ASSUMED, for_one_device
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
-"""The dtypes that rows and kernels of a product may be kept in."""
+"""The dtypes that rows and kernels of a product may have."""
 
 LANES = 16
-"""The width of attention's heads must be a multiple of it."""
+"""The number that must divide the width of attention heads."""
 
 NORM, PRODUCT, ATTENTION = "dex_jax_norm", "dex_jax_product", "dex_jax_attention"
 TURN, GATE, WRITE = "dex_jax_turn", "dex_jax_gate", "dex_jax_write"
 SOURCES = Path(__file__).with_name("cpp")
 NUMBERS = {"float32": "float", "bfloat16": "BFloat16"}
-"""Dtype of a kernel that is not packed -> its C++ type."""
+"""The C++ type of a kernel that is not packed, by dtype."""
 
 MISSING = (
     "without a C++ compiler XLA computes on dense weights, which takes several times as long: install g++ or clang, or "
@@ -51,13 +50,13 @@ _formats: set[str] = set()  # that products know
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays", "number"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-    """The array of a layer whose number only the program knows: C++ reads it where it lies."""
+    """One of several arrays, chosen while the program runs: C++ reads the chosen one in place."""
 
     arrays: tuple[jax.Array, ...]  # of all layers, alike
     number: jax.Array  # int32
 
     def __getitem__(self, index: object) -> OneOf:
-        """All of it, as a parameter is asked for its value."""
+        """Return all of it, as flax takes the value of a parameter with `[...]`."""
         assert index is Ellipsis
         return self
 
@@ -74,7 +73,7 @@ class OneOf:
 
 @jax.custom_jvp
 def few_rows_product(rows: jax.Array, kernel: jax.Array | OneOf) -> jax.Array:
-    """rows [R, in] @ kernel [out, in].T on a CPU, both float32 or bfloat16: [R, out] float32, summed in float32.
+    """Multiply rows [R, in] by kernel [out, in].T on a CPU, both float32 or bfloat16: [R, out] float32.
 
     It has a derivative where the kernel is no OneOf.
     """
@@ -92,10 +91,10 @@ def _tangent(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, ja
 
 
 def tiles_product(rows: jax.Array, kernel: jax.Array | OneOf, format: str) -> jax.Array:
-    """rows [R, in] @ kernel.T on a CPU, in whole numbers: [R, out] float32. It has no derivative.
+    """Multiply rows [R, in] by a kernel in tiles on a CPU, in whole numbers: [R, out] float32, without a derivative.
 
     The kernel [out, bytes] is in tiles (nn/tiles.py), in a format of GGUF files, or "int8" for codes alone. Rows are
-    rounded to 16 bits in blocks of 32 columns: a number changes by up to 2^-16 of the block's largest.
+    rounded to 16 bits in blocks of 32 columns: a number changes by up to about 2^-16 of the block's largest.
     """
     return _product(rows, kernel, format)
 
@@ -109,9 +108,9 @@ def _product(rows: jax.Array, kernel: jax.Array | OneOf, format: str) -> jax.Arr
 
 
 def in_cpp(cpp: Callable[..., Any], plain: Callable[..., Any], *operands: jax.Array) -> Any:
-    """plain(*operands), on CPUs by `cpp`, which computes the same in float32 and rounds once to plain's dtypes.
+    """Return plain(*operands); on CPUs `cpp` computes the same in float32 and rounds once to plain's dtypes.
 
-    Operands are float32 or bfloat16 for that; derivatives are those of `plain`.
+    Only operands in float32 or bfloat16 go to `cpp`; derivatives are those of `plain`.
     """
     if not {operand.dtype for operand in operands} <= {*DTYPES} or not ready():
         return plain(*operands)
@@ -135,7 +134,7 @@ def _rounded(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def few_rows_norm(rows: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm on a CPU: rows [..., D] and scale [D] -> [..., D], all float32. It has no derivative."""
+    """Compute `layers.rms_norm` on a CPU: rows [..., D], scale [D] -> [..., D], all float32, without a derivative."""
     shape = jax.ShapeDtypeStruct(rows.shape, jnp.float32)
     return jax.ffi.ffi_call(NORM, shape, vmap_method="expand_dims")(rows, scale, epsilon=np.float32(eps))
 
@@ -143,7 +142,7 @@ def few_rows_norm(rows: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 def few_rows_turn(
     heads: jax.Array, cos: jax.Array, sin: jax.Array, groups: int, width: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`rotary.turned` on a CPU, all float32. It has no derivative."""
+    """Compute `rotary.turned` on a CPU, all float32, without a derivative."""
     *lead, rows, numbers = heads.shape
     shapes = ((*lead, rows, numbers // width - 2 * groups, width), *((*lead, groups, rows, width),) * 2)
     give = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
@@ -152,18 +151,18 @@ def few_rows_turn(
 
 
 def few_rows_gate(gate_up: jax.Array, activation: str) -> jax.Array:
-    """`layers.gated` on a CPU, all float32. It has no derivative."""
+    """Compute `layers.gated` on a CPU, all float32, without a derivative."""
     shape = jax.ShapeDtypeStruct((*gate_up.shape[:-1], gate_up.shape[-1] // 2), jnp.float32)
     return jax.ffi.ffi_call(GATE, shape, vmap_method="expand_dims")(gate_up, activation=activation)
 
 
 def few_rows_attention(queries: jax.Array, *sources: jax.Array | OneOf, cap: float | None = None) -> jax.Array:
-    """Grouped-query attention on a CPU, computed in float32: queries [B, R, H, d], d a multiple of LANES.
+    """Compute grouped-query attention on a CPU in float32: queries [B, R, H, d], d a multiple of LANES.
 
-    `sources` are, of each set that rows may attend to, keys [B, G, S, d], values of that shape, all float32 or all
-    bfloat16, and the mask [B, R, S] or [B, 1, S], bool; a B of 1 is for all sequences. All that are one of several are
-    so by the same number. A row that sees nothing gets zeros. Scores become cap tanh(score / cap) where there is a
-    `cap`. Gives [B, R, H, d] float32; it has no derivative.
+    `sources` has three arrays for each set of keys: keys [B, G, S, d] and values of that shape, all float32 or all
+    bfloat16, and the mask [B, R, S] or [B, 1, S], bool; a B of 1 is for all sequences. All OneOf have the same number.
+    A row that sees nothing gets zeros. With a `cap`, scores become cap tanh(score / cap). Returns [B, R, H, d] float32,
+    without a derivative.
     """
     queries = queries.astype(jnp.float32)
     shape = jax.ShapeDtypeStruct(queries.shape, jnp.float32)
@@ -182,15 +181,15 @@ def write(
     rings: list[int],
     margin: int,
 ) -> tuple[jax.Array, ...]:
-    """Writes rows into all layers' caches where they lie, on a CPU.
+    """Write rows into all layers' caches in place, on a CPU.
 
     Args:
-      caches: keys of L layers, then values, [B, G, S, d] each; they are used up.
+      caches: keys of L layers, then values, [B, G, S, d] each; they are consumed.
       fresh: rows to choose from, of the caches' dtype: keys and values [L, B, G, N, d], or L of [B, G, N, d] each.
-      row: [B, P] int32, which of N; the first or last where there is none of the number.
-      start: [B] int32, the first of P consecutive positions, or less than 0: nothing is written.
-      rings, margin: of each layer, the size of the ring that it keeps positions in, or 0; and what is at both its ends
-        (nn/kinds.py).
+      row: [B, P] int32, the index of each row to write among the N, clipped to 0..N-1.
+      start: [B] int32, the first of P consecutive positions; nothing is written where it is below 0.
+      rings: the size of the ring that each layer keeps positions in, or 0.
+      margin: the number of places in front of a ring, and behind it (nn/kinds.py).
     """
     shapes = [jax.ShapeDtypeStruct(cache.shape, cache.dtype) for cache in caches]
     aliases = {2 + len(fresh) + i: i for i in range(len(caches))}
@@ -199,17 +198,17 @@ def write(
 
 
 def ready() -> bool:
-    """Return whether what is traced now can use what is here; compiles it if it has to."""
+    """Return whether a program traced now may use these functions; compile the library if needed."""
     return for_one_device() and takes_tiles()
 
 
 def takes_tiles() -> bool:
-    """Return whether packed weights are kept in tiles, as products here take them."""
+    """Return whether packed weights are kept in tiles, the layout that products here take."""
     return ASSUMED.get() is None and _registered() is not None
 
 
 def begin(formats: Iterable[str]) -> None:
-    """Builds what all models need and these formats of kernels, as far as it is not there, side by side in threads."""
+    """Start to build the library of all models and those of `formats`, as far as they are missing, in threads."""
     for format in ("", *sorted(formats)) if _wanted() else ():
         native.begin(*_parts(format))
 
@@ -219,20 +218,20 @@ def _wanted() -> bool:
 
 
 def _parts(format: str, flags: tuple[str, ...] = ()) -> tuple[str, Path, tuple[str, ...]]:
-    """(name, source, flags) of the library that all models need, or of a format of kernels."""
+    """Return (name, source, flags) of the library that all models need, or of a format of kernels."""
     kernel = f"NumbersOf<{NUMBERS[format]}>" if format in NUMBERS else f"TilesOf<{format.upper()}>"
     chosen = (f"-DDEX_JAX_FORMAT={kernel}",) if format else ()
     return format or "kernels", SOURCES / ("format.cc" if format else "kernels.cc"), (*flags, *chosen)
 
 
 def library(format: str = "", flags: tuple[str, ...] = ()) -> Path:
-    """The file of what all models need, or of a format of kernels; errors as of `native.library`."""
+    """Return the file of the library of all models, or of a format of kernels; errors are `native.library`'s."""
     return native.library(*_parts(format, flags))
 
 
 @functools.cache
 def _registered() -> ctypes.CDLL | None:
-    """Return the C++ library that this process's programs for CPUs know, registering it; None if they know none."""
+    """Return the C++ library, registered with JAX at the first call; None where XLA computes instead."""
     if not _wanted():
         return None
     try:
@@ -247,7 +246,7 @@ def _registered() -> ctypes.CDLL | None:
 
 @functools.cache
 def _load(format: str) -> None:
-    """Makes products know a format of kernels, numbers or tiles, before a program that has it runs."""
+    """Make a format of kernels, numbers or tiles, known to products, before a program that has it runs."""
     known = _registered()
     if known is None:
         return
@@ -261,7 +260,7 @@ def _load(format: str) -> None:
 
 
 def kept_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """Return the dtype to keep draft-only weights in: bfloat16 for float32 where that is read in half the time.
+    """Return the dtype to keep draft-only weights in: bfloat16 for float32, where C++ reads it in half the time.
 
     It is the same for one device and for many, which have to draft the same.
     """
@@ -274,6 +273,6 @@ def language() -> str:
 
 
 def version() -> str:
-    """Return `language`, but for C++ the name of what was compiled, another one for other sources."""
+    """Return `language`, or for C++ the library's name, which changes with its sources."""
     known = _registered()
     return "XLA" if known is None else Path(known._name).stem

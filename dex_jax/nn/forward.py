@@ -1,6 +1,6 @@
-"""The transformer over caches, on one device: rows go through layers, keys and values are kept.
+"""The forward pass of the transformer over KV caches, on one device.
 
-Letters: B sequences, R consecutive tokens, N rows of each sequence, P rows of a path, l layers in a stage, D width,
+Letters: B sequences, R consecutive tokens, N rows of each sequence, P rows of a path, l layers that run, D width,
 S cache length, G key-value heads, d head width.
 """
 
@@ -34,27 +34,27 @@ class Beside(NamedTuple):
 
 
 InUse = Sequence[jax.Array | None]
-"""By layer, whether it is there at all (bool); None, and what lies beyond the sequence's end: it is."""
+"""The presence of each layer on this device (bool), by layer; None, or a missing entry, says that it is there."""
 
 
 def extend(
     model: Transformer, memory: Memory, tokens: jax.Array, start: jax.Array, lengths: jax.Array | None = None
 ) -> tuple[Any, Memory]:
-    """Runs R consecutive tokens [B, R] int32 of each sequence through all layers and commits their keys and values.
+    """Run R consecutive tokens [B, R] int32 of each sequence through all layers and commit their keys and values.
 
-    Committed positions 0 .. start - 1 are attended to; `start` [B] int32 is the position of the first token, and start
-    + R must not pass the cache's end. What lies beyond a sequence's end, `lengths` [B] int32 says where, may be
-    anything, is hardly computed and may come out as anything; None runs all. Gives (hidden states [B, R, D] after every
-    layer: L of them, or one array [L, B, R, D]; memory).
+    They attend to committed positions 0 .. start - 1; `start` [B] int32 is the position of the first token, and start
+    + R must not pass the cache's end. Tokens beyond a sequence's length, `lengths` [B] int32, are hardly computed, and
+    their results mean nothing; None runs all. Returns (hidden states [B, R, D] after every layer: L of them, or one
+    array [L, B, R, D]; memory).
     """
     return extend_rows(model, memory, model.embed_tokens(tokens), start, lengths)
 
 
 def last_states(hidden: jax.Array, last: jax.Array, start: jax.Array, lengths: jax.Array) -> jax.Array:
-    """The state of each prompt's last token, as far as the chunks of a prefill have come: [B, D].
+    """Return the state of each prompt's last token, as far as the chunks of a prefill have come: [B, D].
 
-    Given the states [B, R, D] of a chunk that begins at position `start` (int32), what was known before it, `last` [B,
-    D], and the prompts' lengths [B] int32.
+    `hidden` [B, R, D] are the states of a chunk that begins at position `start` (int32), `last` [B, D] is the result up
+    to the chunk before, and `lengths` [B] int32 are those of the prompts.
     """
     index = lengths - 1 - start
     here = (index >= 0) & (index < hidden.shape[1])
@@ -63,7 +63,7 @@ def last_states(hidden: jax.Array, last: jax.Array, start: jax.Array, lengths: j
 
 
 def depth_states(model: Transformer, tokens: jax.Array, depths: tuple[int, ...]) -> jax.Array:
-    """Hidden states at some depths, without a prefix: tokens [B, R] int32 -> [X, B, R, D]."""
+    """Compute hidden states at some depths, without a prefix: tokens [B, R] int32 -> [X, B, R, D]."""
     batch, rows = tokens.shape
     memory = allocate(model.config, batch, rows, 0, model.dtype)
     states, _ = extend(model, memory, tokens, jnp.zeros(batch, jnp.int32))
@@ -71,15 +71,16 @@ def depth_states(model: Transformer, tokens: jax.Array, depths: tuple[int, ...])
 
 
 def states_apart(model: Transformer, tokens: jax.Array, position: jax.Array, among: jax.Array) -> tuple[jax.Array, Any]:
-    """Hidden states of rows that hold several texts each, without any cache: (at depth 0, after every layer).
+    """Compute hidden states of rows that hold several texts each, without any cache.
 
     Args:
-      model: on one device.
-      tokens, position: [B, R] int32, the position within its text, from 0; below it there is no token.
-      among: [B, R, R] bool, which tokens each one sees.
+      model: a model on one device.
+      tokens: [B, R] int32.
+      position: [B, R] int32, the position within the token's text, from 0; below 0 there is no token.
+      among: [B, R, R] bool, the tokens that each one sees.
 
     Returns:
-      ([B, R, D], L of them or one array [L, B, R, D]); of what is no token anything.
+      States [B, R, D] at depth 0, and those after every layer, L of them or one array [L, B, R, D].
     """
     there = (position >= 0)[:, :, None]
     # A row of zeros that sees nothing stays one through all layers, and on CPUs (nn/cpp) costs nothing there.
@@ -96,16 +97,16 @@ def states_apart(model: Transformer, tokens: jax.Array, position: jax.Array, amo
 
 
 def states_at(model: Transformer, tokens: jax.Array, states: Any, depths: tuple[int, ...]) -> list[jax.Array]:
-    """The states [B, R, D] at `depths` 0..L of what `extend` gave for tokens [B, R]."""
+    """Return the states [B, R, D] at `depths` 0..L out of those that `extend` gave for tokens [B, R]."""
     return [model.embed_tokens(tokens) if depth == 0 else states[depth - 1] for depth in depths]
 
 
 def extend_rows(
     model: Any, memory: Memory, x: jax.Array, start: jax.Array, lengths: jax.Array | None = None, begin: int = 0
 ) -> tuple[Any, Memory]:
-    """`extend` of rows [B, R, ...] as the first layer reads them.
+    """Run `extend` on rows [B, R, ...] in the form that the first layer reads.
 
-    `model` needs config, kinds and layers alone. Positions before `begin` are seen by themselves only.
+    `model` is a Transformer, or an Eagle head. Positions before `begin` are seen by themselves only.
     """
     batch, count = x.shape[:2]
     loop = is_loop(model)
@@ -122,7 +123,7 @@ def extend_rows(
         live = (positions < lengths[:, None])[:, :, None]
         x, causal = jnp.where(live, x, 0), causal & live
         if model.config.layer_kinds:
-            # What comes long after a sequence's end would take the place of what its rows still see in a ring.
+            # Rows long after a sequence's end would overwrite what its last rows still see in a ring.
             first = jnp.where(start < lengths, start, NOWHERE)
     sizes = lengths_of(memory)
     found = masks_and_rotations(model.config, model.kinds, positions, start, sizes, causal, live=live, begin=begin)
@@ -154,7 +155,7 @@ def extend_rows(
 
 
 def _write(model: Transformer, caches: Any, rows: jax.Array, start: jax.Array, layer: int) -> Any:
-    """All layers' keys or values after `write_rows` into one."""
+    """Return all layers' keys or values after `write_rows` into one layer's."""
     return (*caches[:layer], write_rows(caches[layer], rows, start, model.kinds.rows[layer]), *caches[layer + 1 :])
 
 
@@ -167,9 +168,9 @@ def run_tree(
     prefix: jax.Array,
     reads: tuple[int, ...] = (),
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Runs N embedded rows of each sequence through all layers and commits nothing; arguments as of `run_rows`.
+    """Run N embedded rows of each sequence through all layers without a commit; arguments are those of `run_rows`.
 
-    Gives (hidden states [B, N, (1 + reads) D] at depth L with those at depths `reads` behind them, the rows' (keys,
+    Returns (hidden states [B, N, (1 + reads) D] at depth L with those at depths `reads` behind them, the rows' (keys,
     values), both [L, B, G, N, d]).
     """
     layers, count = range(model.config.num_layers), hidden.shape[1]
@@ -183,7 +184,7 @@ def run_tree(
 
 
 def _rows_that_run(x: jax.Array) -> int:
-    """Return the rows of each sequence that a step of x [B, R, D] computes: at least FEWEST if that takes no longer."""
+    """Return how many rows of each sequence a step of x [B, R, D] computes: at least FEWEST if that takes no longer."""
     batch, rows = x.shape[:2]
     return max(rows, FEWEST) if batch == 1 and fills_rows(x.dtype) else rows
 
@@ -201,15 +202,14 @@ def run_rows(
     beside: Beside | None = None,
     begin: int = 0,
 ) -> tuple[jax.Array, tuple[Any, Any]]:
-    """Runs N rows of each sequence, hidden [B, N, D] at position [B, N], through l consecutive `layers` (0-based).
+    """Run N rows of each sequence, hidden [B, N, D] at position [B, N], through l consecutive `layers` (0-based).
 
-    Nothing is written. Positions 0 .. prefix - 1 (prefix [B] int32) of these layers are attended to, and the rows that
-    `among` [B, N, N] bool says, itself included. Layers that are not `in_use` are skipped, and give zeros as keys and
-    values. Gives (hidden states [B, N, D] after the last, the rows' (keys, values): l of [B, G,
-    N, d], or one array [l, B, G, N, d]).
+    Nothing is written. Rows attend to positions 0 .. prefix - 1 (prefix [B] int32) of these layers, to the rows that
+    `among` [B, N, N] bool says, themselves included, and to those `beside` them. Layers that are not `in_use` are
+    skipped, and give zeros as keys and values. `model` and `begin` are those of `extend_rows`.
 
-    Of all layers, states at depths `reads` can come with the last ones, [B, N, (1 + reads) D]. Rows can see
-    others `beside` them; `model` and `begin` are as of `extend_rows`.
+    Returns (hidden states [B, N, D] after the last layer, the rows' (keys, values): l of [B, G, N, d], or one array
+    [l, B, G, N, d]). If all layers run, states at depths `reads` can stand behind the last ones, [B, N, (1 + reads) D].
     """
     sizes = lengths_of(memory)
     seen, places = (None, None) if beside is None else (beside.seen, beside.position)
@@ -234,7 +234,7 @@ def run_rows(
 def commit_rows(
     model: Transformer, memory: Memory, fresh: tuple[Any, Any], row: jax.Array, prefix: jax.Array, done: jax.Array
 ) -> Memory:
-    """Writes the P rows `row` [B, P] of what `run_tree` gave at consecutive positions from `prefix` [B] on.
+    """Write the P rows `row` [B, P] of what `run_tree` returned at consecutive positions from `prefix` [B] on.
 
     Rows past the path's end may be anything, later commits overwrite them; prefix + P must not pass the cache's end.
     `done` is any array that is known only after memory has been read.
@@ -261,10 +261,10 @@ def write_layers(
     done: jax.Array,
     row: jax.Array | None = None,
 ) -> Memory:
-    """Writes P rows of what `run_rows` gave for `layers` at consecutive positions from `start` [B] on, or NOWHERE.
+    """Write P rows of what `run_rows` returned for `layers` at consecutive positions from `start` [B] on, or NOWHERE.
 
     start + P must not pass the cache's end. `done` is any array that is known only after memory has been read. All rows
-    are written, and where memory is written in place those that `row` [B, P] chooses.
+    are written; where memory is written in place, `row` [B, P] may choose some.
     """
     at = after(start, done)
     rows = jax.tree.leaves(fresh)[0].shape[-2] if row is None else row.shape[1]
@@ -288,7 +288,7 @@ def run_layer(
     memory: list[tuple[Any, Any]],
     used: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One layer over the rows of each sequence, [B, R, D]: returns (x, keys, values) of the rows.
+    """Run one layer over the rows of each sequence, [B, R, D], and return (x, keys, values) of the rows.
 
     `memory` holds keys and values [B, G, S, d], or a few_rows.OneOf, of the committed prefix and, where there is one,
     of the lattice. It is only read: writing first and attending to the result makes XLA copy the whole cache in every

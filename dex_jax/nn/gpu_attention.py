@@ -1,10 +1,10 @@
-"""Attention of few rows on GPUs as one kernel, in Triton's words: keys and values are read once, and only those in use.
+"""Attention of few rows on GPUs as one Triton kernel, which reads keys and values once, and only those in use.
 
 A cache is cut into blocks of keys, which several programs share, as one sequence has too few heads for all of a GPU.
 Each sums up what it has seen as FlashAttention does (arXiv 2205.14135, algorithm 1), and XLA adds up their sums.
 
-Letters: B sequences, R rows of each, H query heads, G key-value heads, N = R H / G rows of queries for each
-of them and what fills these up, d head width, S keys.
+Letters: B sequences, R rows of each, H query heads, G key-value heads, N rows of queries for each of them (R H / G, and
+rows of zeros), d head width, S keys.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from jax.experimental.pallas import triton
 from dex_jax.nn.products import for_triton
 
 BLOCK, HALF_BLOCK = 64, 32
-"""Keys that a program scores at once: fewer of heads wider than 128, for GPUs with 100 KB of shared memory a core."""
+"""Number of keys a program scores at once: fewer for wide heads, as some GPUs have 100 KB of shared memory a core."""
 
 MOST_NUMBERS, MANY_NUMBERS = 16_384, 4_096
 """The most numbers of queries that a program holds at once, and the count above which it runs on eight warps."""
 
 SMALLEST = 16
-"""Rows, and keys, of the smallest product that a matrix unit takes."""
+"""Number of rows, and of keys, in the smallest product that a matrix unit takes."""
 
 PROGRAMS, MOST_SHARES = 128, 8
 """Number of programs that keep a GPU's processors busy, and the most shares that a KV cache is divided into."""
 
 NOTHING = -1e30
-"""Below all scores."""
+"""A score below all others."""
 
 
 def fits(queries: jax.Array, sources: Sequence[Any]) -> bool:
-    """Return whether these can be attended to here: few rows in half precision, of a width that Triton has."""
+    """Return whether the kernel can attend here: few rows in half precision, heads of a width that Triton has."""
     kinds = {queries.dtype, *(x.dtype for source in sources for x in source[:2])}
     width = queries.shape[3]
     half = kinds in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float16)})
@@ -47,7 +47,7 @@ def fits(queries: jax.Array, sources: Sequence[Any]) -> bool:
 
 
 def attend_in_one_kernel(queries: jax.Array, sources: Sequence[Any], interpret: bool = False) -> jax.Array:
-    """`attention.attend` without a cap: queries [B, R, H, d], sources of keys and values [B, G, S, d] and masks.
+    """Compute `attention.attend` without a cap: queries [B, R, H, d], sources of keys, values [B, G, S, d] and masks.
 
     The last source has no more than SMALLEST keys. `interpret` computes with XLA what the kernel would, for tests.
     """
@@ -68,7 +68,7 @@ def attend_in_one_kernel(queries: jax.Array, sources: Sequence[Any], interpret: 
         return pl.BlockSpec((None, None, None, *shape), lambda b, g, share: (share, b, g, *[0] * len(shape)))
 
     def seen_by_heads(mask: jax.Array) -> jax.Array:
-        """[B, R, S] -> [B, N, S] int8, or [B, 1, S] where all rows see the same."""
+        """Repeat a mask [B, R, S] for all heads: [B, N, S] int8, or [B, 1, S] where all rows see the same."""
         if mask.shape[1] > 1:
             mask = _filled(jnp.repeat(mask, heads // groups, axis=1), 1, size)
         return mask.astype(jnp.int8)
@@ -76,7 +76,7 @@ def attend_in_one_kernel(queries: jax.Array, sources: Sequence[Any], interpret: 
     scaled = queries * jnp.asarray(width**-0.5, queries.dtype)
     by_group = scaled.reshape(batch, rows, groups, -1, width).swapaxes(1, 2).reshape(batch, groups, count, width)
     *caches, own = sources
-    # What comes from this layer's products is one array: each would be a kernel of its own.
+    # This layer's queries, keys and values go in as one array: to fill up each would be a kernel of its own.
     parts = (_filled(by_group, 2, size), *(_filled(each, 2, SMALLEST) for each in own[:2]))
     entered, among = jnp.concatenate(parts, axis=2), _filled(seen_by_heads(own.mask), 2, SMALLEST)
     arguments, specs = [entered, among], [of_heads(*entered.shape[2:]), of_sequence(*among.shape[1:])]
@@ -107,7 +107,7 @@ def attend_in_one_kernel(queries: jax.Array, sources: Sequence[Any], interpret: 
 
 
 def _size(queries: jax.Array, sources: Sequence[Any]) -> int:
-    """N."""
+    """Return N."""
     return max(SMALLEST, pl.next_power_of_2(queries.shape[1] * queries.shape[2] // sources[0].keys.shape[1]))
 
 
@@ -116,7 +116,7 @@ def _filled(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def _kernel(entered: Any, among: Any, *refs: Any, shares: int, size: int, block: int) -> None:
-    """A share of the keys of one sequence and one head; refs are four of each cache, then the three results."""
+    """Attend to a share of the keys of one sequence and head; refs are four of each cache, then the three results."""
     *caches, highest, total, mixed = refs
     share, width = pl.program_id(2), entered.shape[1]
     queries = entered[pl.ds(0, size), :]
@@ -140,7 +140,7 @@ def _kernel(entered: Any, among: Any, *refs: Any, shares: int, size: int, block:
 
 
 def _add(state: Any, queries: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array) -> Any:
-    """The highest scores [N], the sums of weights [N] and of weighted values [N, d], with some more keys."""
+    """Add some keys to the highest scores [N], the sums of weights [N] and of weighted values [N, d]."""
     highest, total, mixed = state
     scores = jnp.where(seen, _product(queries, keys, 1), NOTHING)
     new = jnp.maximum(highest, jnp.max(scores, axis=1))

@@ -1,4 +1,4 @@
-"""Rows written into the caches of all layers by one kernel, where they lie, on GPUs that Triton compiles for.
+"""Writes of rows into the caches of all layers by one Triton kernel, in place, on newer NVIDIA GPUs.
 
 XLA would launch a kernel for the keys and one for the values of each layer.
 
@@ -18,11 +18,11 @@ from jax.experimental.pallas import triton
 from dex_jax.nn.products import for_triton
 
 MOST_ROWS = 32
-"""More are not written here: they are loaded one by one."""
+"""The most rows of a sequence that the kernel writes, as it loads them one by one."""
 
 
 def fits(cache: jax.Array, rows: int) -> bool:
-    """Return whether so many rows of each sequence can be written into such caches here."""
+    """Return whether the kernel can write `rows` rows of each sequence into caches like this one."""
     return for_triton() and rows <= MOST_ROWS and cache.dtype.itemsize == 2 and cache.shape[-1] % 16 == 0
 
 
@@ -35,7 +35,7 @@ def write(
     margin: int,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """Caches with rows of others, arguments as of `few_rows.write`; `fresh` are keys and values [L, B, G, N, d].
+    """Write rows into caches as `few_rows.write` does; `fresh` are keys and values [L, B, G, N, d].
 
     `interpret` computes with XLA what the kernel would, for tests.
     """
@@ -67,7 +67,7 @@ def write(
 def _kernel(
     start: Any, row: Any, keys: Any, values: Any, *caches: Any, count: int, rings: tuple[int, ...], margin: int
 ) -> None:
-    """Writes the rows of one layer, sequence and head; `caches` are those that came, then those that go."""
+    """Write the rows of one layer, sequence and head; `caches` are the inputs, then the outputs."""
     size, first, layers = pl.next_power_of_2(count), start[0], len(rings)
     written = jnp.arange(size)
     chosen = [jnp.zeros((size, each.shape[1]), each.dtype) for each in (keys, values)]
@@ -79,7 +79,7 @@ def _kernel(
 
         def write(layer: int = layer, ring: int = ring) -> None:
             place = margin + first % ring if ring else first
-            # As in `cache.write_rows`, what passes the ring's end lies in the margin there, and once more at its start.
+            # As in `cache.write_rows`, rows past the ring's end lie in the margin behind it, and again at its start.
             for at in (place, jnp.maximum(place - ring, 0)) if ring else (place,):
                 for cache, own in zip(caches[2 * layers :][layer::layers], chosen, strict=True):
                     there = (first >= 0) & (written < count) & (at + written < cache.shape[0])

@@ -1,6 +1,6 @@
-"""A model's layers one after the other: a program for each, or one loop over all of them.
+"""A model's layers run one after the other: unrolled in the program, or as one loop over all of them.
 
-Letters: l layers of a stage.
+Letters: l layers that run.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from dex_jax.nn.few_rows import OneOf
 from dex_jax.nn.layers import DecoderLayer
 
 Place = Any
-"""A layer's number, which Python knows or the program alone."""
+"""The number of a layer: an int, or in a loop an int32 array that only the program knows."""
 
 Step = Callable[[DecoderLayer, Any, Place], Any]
 
 FEWEST_LAYERS = 3
-"""Fewer are not worth a loop."""
+"""The fewest layers that are worth a loop."""
 
 
 def in_turn(model: Any, layers: range, step: Step, carry: Any, loop: bool = False) -> Any:
-    """(carry, what every layer gave) of step(layer, carry, place) -> (carry, given).
+    """Run step(layer, carry, place) -> (carry, given) for each layer; return (carry, what every layer gave).
 
-    Each array that they gave is a tuple of l; where layers are a `loop` one array with a leading axis [l]. Only a model
-    for which `is_loop` is true can be one.
+    Each given array becomes a tuple of l arrays, or with `loop` one array with a leading axis [l]. A `loop` needs a
+    model for which `is_loop` is true.
     """
     if loop:
         return _numbered(model, layers, step, carry)
@@ -41,10 +41,9 @@ def in_turn(model: Any, layers: range, step: Step, carry: Any, loop: bool = Fals
 
 
 def is_loop(model: Any) -> bool:
-    """Return whether C++ finds each layer's kernels and caches by its number, so that a program has one layer for all.
+    """Return whether the layers can run as one loop, in which C++ finds kernels and caches by the layer's number.
 
-    It takes a fraction of the memory and of the time to compile. Layers are alike for that: their shapes, formats and
-    kinds.
+    A loop takes a fraction of the memory and of the time to compile. All layers need the same shapes, formats and kind.
     """
     if len(model.layers) < FEWEST_LAYERS or not few_rows.ready():
         return False
@@ -56,7 +55,7 @@ def is_loop(model: Any) -> bool:
 
 
 def cached(caches: Any, place: Place) -> Any:
-    """One layer's keys or values of all."""
+    """Return one layer's keys or values out of those of all layers."""
     return OneOf(caches, place) if isinstance(place, jax.Array) else caches[place]
 
 
@@ -64,7 +63,7 @@ def _numbered(model: Any, layers: range, step: Step, carry: Any) -> Any:
     split = [nnx.split(layer) for layer in model.layers]
     graph, tree = split[0][0], jax.tree.structure(split[0][1])
     arrays = list(zip(*(jax.tree.leaves(weights) for _, weights in split), strict=True))
-    # Kernels stay where they are. Scales of norms and biases are small, and XLA adds them up itself.
+    # Kernels stay where they are. Scales of norms and biases are small, and XLA reads them itself.
     small = [jnp.stack(each[layers.start : layers.stop]) if each[0].ndim == 1 else None for each in arrays]
 
     def body(carry: Any, scanned: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Compute attention masks, with windows, and rotations in layers of different kinds, by where a layer stands.
+"""Attention masks, with windows, and rotations of layers of different kinds, by a layer's place.
 
-Letters: B sequences, R rows of each, S keys, l layers in the longest.
+Letters: B sequences, R rows of each, S keys, l layers of a device.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from dex_jax.config import LayerKind, ModelConfig
 from dex_jax.nn.rotary import Rotation, rope_table
 
 MOST_WRITTEN = 512
-"""Positions that are written to a ring in one call, at most."""
+"""The most positions that one call writes to a ring."""
 
 
 def ring_size(window: int) -> int:
-    """Return the size of the ring of committed positions in layers with a window: p is in place p mod ring_size.
+    """Return the size of the ring that layers with a window keep positions in: p is at place p mod ring_size.
 
     What one call writes beyond a sequence's end takes the place of positions that no row sees any more.
     """
@@ -34,13 +34,13 @@ def ring_length(window: int) -> int:
 
 
 def common_window(kinds: Sequence[LayerKind]) -> int | None:
-    """The window that layers which share an array all have; None where one of them sees everything, or another."""
+    """Return the window of layers that share an array; None where they differ, or one of them sees everything."""
     windows = {kind.window for kind in kinds}
     return windows.pop() if len(windows) == 1 else None
 
 
 def ring_of(kinds: Sequence[LayerKind], length: int) -> int:
-    """The size of the ring that an array of `length` for layers of these kinds is; 0 for one place a position."""
+    """Return the size of the ring in an array of `length` for layers of these kinds; 0 where it is no ring."""
     window = common_window(kinds)
     return ring_size(window) if window is not None and length == ring_length(window) else 0
 
@@ -49,17 +49,17 @@ def ring_of(kinds: Sequence[LayerKind], length: int) -> int:
 class KindTable:
     """The kinds of a model's layers, by place."""
 
-    # of each of l places on a device the kinds that stand there, one a device; of an unrolled model one for every layer
+    # for each of l places the kinds of the layers there, one for each stage device; without a mesh one for every layer
     rows: tuple[tuple[LayerKind, ...], ...]
-    stage_axis: str | None = None  # under shard_map, the mesh axis whose devices have the stages
+    stage_axis: str | None = None  # under shard_map, the mesh axis of the devices that have the stages
 
     @property
     def distinct(self) -> tuple[LayerKind, ...]:
-        """Every kind once."""
+        """All kinds, each once."""
         return tuple(dict.fromkeys(kind for row in self.rows for kind in row))
 
     def index(self, place: Any) -> int | jax.Array:
-        """Which of `distinct` a layer is."""
+        """Return the index in `distinct` of the layer at `place`."""
         order = {kind: i for i, kind in enumerate(self.distinct)}
         if len(order) == 1:
             return 0
@@ -72,9 +72,9 @@ class KindTable:
 def kind_table(
     config: ModelConfig, places: Sequence[Sequence[int | None]] = (), stage_axis: str | None = None
 ) -> KindTable:
-    """The table of a model whose layers lie at `places` (transformer.Staged), () for an unrolled one.
+    """Return the table of a model with its layers at `places` (transformer.Staged), () without a mesh.
 
-    Where a device has no layer, any kind does.
+    A place where a device has no layer gets the kind of another device's layer there.
     """
     if not places:
         return KindTable(tuple((kind,) for kind in config.kinds))
@@ -85,7 +85,7 @@ def kind_table(
 class MasksAndRotation(NamedTuple):
     """The rotation and the attention masks of rows in a layer."""
 
-    rotation: Rotation  # of [B, R]
+    rotation: Rotation  # of rows [B, R]
     committed: jax.Array  # [B, R, S] bool, broadcasting over R is allowed
     among: jax.Array  # [B, R, R] bool
     lattice: Any = None  # [B, R, slots] bool; None where there is none
@@ -103,15 +103,17 @@ def masks_and_rotations(
     live: jax.Array | None = None,
     begin: int = 0,
 ) -> list[list[MasksAndRotation]]:
-    """Return the masks and the rotation of each kind in `table.distinct`, by the length of its caches' arrays.
+    """Return the masks and the rotation for each kind in `table.distinct` and each of `lengths`.
 
     Args:
-      config, table: of the model.
+      config: that of the model.
+      table: that of the model.
       position: [B, R] int32, absolute positions of the rows.
-      prefix: [B] int32, how many positions are committed.
-      lengths: of the arrays that hold them, each once.
+      prefix: [B] int32, the number of committed positions.
+      lengths: the distinct lengths of the arrays that hold them.
       among: [B, R, R] bool, what rows see of one another if there is no window.
-      lattice: [B, R, slots] bool, and of lattice slots, whose positions are `slots` [B, slots] int32; None for none.
+      lattice: [B, R, slots] bool, the lattice slots that rows see if there is no window; None for none.
+      slots: [B, slots] int32, the positions of the lattice slots; None for none.
       live: [B, R, 1] bool, rows that see anything committed; None for all.
       begin: the first committed position that is seen.
     """
@@ -140,7 +142,7 @@ def masks_and_rotations(
 def masks_and_rotation_at(
     table: KindTable, found: list[list[MasksAndRotation]], place: Any, which: int = 0
 ) -> MasksAndRotation:
-    """Return those of `masks_and_rotations` for a layer by its place; its caches have the length number `which`."""
+    """Return the entry of `masks_and_rotations` for the layer at `place`, with caches of length number `which`."""
     index = table.index(place)
     if isinstance(index, int):
         return found[index][which]

@@ -1,4 +1,4 @@
-"""One decoder layer: projections, gated mlp, norms before or after; and what they are made of.
+"""One decoder layer, with projections, a gated mlp and norms before or after, and the operations it is made of.
 
 Letters: B sequences, R rows a sequence (tokens of a prompt chunk, or lattice nodes), D width, H query heads,
 G key-value heads, d head width, F mlp width.
@@ -21,18 +21,18 @@ from dex_jax.nn.products import dot, rows_times_kernel
 from dex_jax.nn.rotary import Rotation, turned
 
 FEW_ROWS = 64
-"""Up to here XLA multiplies faster on a CPU with the rows as columns (benchmarks/few_rows.py of commit 67cc4e4)."""
+"""The most rows that XLA on a CPU multiplies faster as columns (benchmarks/few_rows.py of commit 67cc4e4)."""
 
 
 Init = Callable[[str, tuple[int, ...], str], jax.Array]
-"""(name, shape, kind) -> a parameter; kind is "kernel", "scale" or "bias" where nothing else is said."""
+"""The function (name, shape, kind) -> a parameter; kind is "kernel", "scale" or "bias" unless stated otherwise."""
 
 
 def linear(x: jax.Array, kernel: jax.Array | Packed, bias: jax.Array | None = None, out_dtype=None) -> jax.Array:
-    """x [..., in] @ kernel [out, in].T (+ bias [out]): [..., out].
+    """Multiply x [..., in] by kernel [out, in].T (+ bias [out]): [..., out].
 
     The kernel is packed, or has x's dtype or one that `few_rows.kept_dtype` gave. Products are accumulated in float32
-    and come out as `out_dtype`, None is x's.
+    and returned in `out_dtype`; None stands for x's.
     """
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(kernel, Packed):
@@ -59,7 +59,7 @@ def _kernel_times_columns(rows: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, computed in float32: x [..., D], scale [D] -> [..., D] in x's dtype."""
+    """Compute the root-mean-square norm of x [..., D] in float32, with scale [D]: [..., D] in x's dtype."""
     norm, plain = (functools.partial(each, eps=eps) for each in (few_rows.few_rows_norm, _rms_norm))
     return few_rows.in_cpp(norm, plain, x, scale)
 
@@ -72,7 +72,7 @@ def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def gated(gate_up: jax.Array, activation: str) -> jax.Array:
-    """The first half of the last axis, activated ("silu" or "gelu"), times the second: [..., 2 F] -> [..., F]."""
+    """Activate the first half of the last axis ("silu" or "gelu"), times the second: [..., 2 F] -> [..., F]."""
 
     def plain(gate_up: jax.Array) -> jax.Array:
         gate, up = jnp.split(gate_up, 2, axis=-1)
@@ -83,7 +83,7 @@ def gated(gate_up: jax.Array, activation: str) -> jax.Array:
 
 
 def recorded(make: Callable[[Init], nnx.Module]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Name -> (shape, kind) of every parameter that a module asks its `init` for, in its order."""
+    """Return (shape, kind) of every parameter that a module requests from its `init`, by name, in its order."""
     found: dict[str, tuple[tuple[int, ...], str]] = {}
 
     def record(name: str, shape: tuple[int, ...], kind: str) -> jax.Array:
@@ -95,7 +95,7 @@ def recorded(make: Callable[[Init], nnx.Module]) -> dict[str, tuple[tuple[int, .
 
 
 def names_in(path: Sequence[Any]) -> list[str]:
-    """The names in a path to an array of a module's state."""
+    """Return the names in a path to an array of a module's state."""
     return [str(entry.key) for entry in path if hasattr(entry, "key")]
 
 
@@ -117,14 +117,14 @@ LAYER_AXES: dict[str, tuple[str, ...]] = {
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and gated mlp, with the query-key-value and gate-up projections fused.
+    """A decoder layer: attention and a gated mlp, with the query-key-value and gate-up projections fused.
 
     Every parameter may carry a leading axis (on a mesh); the methods work on one layer's slice.
 
     Args:
       config: shapes and switches.
       init: gives each parameter.
-      tensor_axis: under shard_map, the mesh axis over whose devices heads and mlp are spread; `config` then counts this
+      tensor_axis: under shard_map, the mesh axis that splits heads and mlp over devices; `config` then counts this
         device's own, and the two products that end in D are summed over the axis. None: all is here.
     """
 
@@ -152,7 +152,7 @@ class DecoderLayer(nnx.Module):
         self.tensor_axis = tensor_axis
 
     def project(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Hidden states [B, R, D] -> queries [B, R, H, d], keys and values [B, G, R, d], rotated by their positions."""
+        """Project states [B, R, D] to queries [B, R, H, d], keys and values [B, G, R, d]; rotate queries and keys."""
         c = self.config
         qkv = linear(self.entered(x), self.qkv[...], _value(self.qkv_bias))
         bounds = [c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim]
@@ -171,7 +171,7 @@ class DecoderLayer(nnx.Module):
         return queries, keys, values
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
-        """Adds the attention output [B, R, H, d] and then the mlp to x [B, R, D]."""
+        """Add the attention output [B, R, H, d] and then the mlp to x [B, R, D]."""
         flat = attended.reshape(*x.shape[:-1], -1)
         attended = self._summed(flat, self.out[...], _value(self.out_bias))
         x = self._added(self.residual(x), attended, self.attention_out_norm)
@@ -188,18 +188,18 @@ class DecoderLayer(nnx.Module):
         return x
 
     def _normed(self, x: jax.Array, scale: nnx.Param | None) -> jax.Array:
-        """x after the norm of this scale, if the layer has it."""
+        """Return x after the norm with this scale, if the layer has it."""
         return x if scale is None else rms_norm(x, offset_scale(scale[...], self.config), self.config.norm_eps)
 
     def _added(self, x: jax.Array, y: jax.Array, scale: nnx.Param | None) -> jax.Array:
-        """x plus what attention or mlp gave."""
+        """Return x plus the output of attention or mlp."""
         factor = self.config.residual_scale
         if factor == 1:
             return rounded(jnp.add, x, self._normed(y, scale))
         return rounded(lambda x, y: x + y * factor, x, self._normed(y, scale))
 
     def _summed(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        """`linear` whose inputs are spread over the tensor axis, if there is one."""
+        """Apply `linear` to inputs that are split over the tensor axis, if there is one."""
         if self.tensor_axis is None:
             return linear(x, kernel, bias)
         total = jax.lax.psum(linear(x, kernel), self.tensor_axis)
@@ -207,12 +207,12 @@ class DecoderLayer(nnx.Module):
 
 
 def offset_scale(scale: jax.Array, config: ModelConfig) -> jax.Array:
-    """The scale of a norm, [D]: float32 where something is added to what a checkpoint holds."""
+    """Return the scale of a norm, [D]: float32 where something is added to the checkpoint's."""
     return scale.astype(jnp.float32) + config.norm_offset if config.norm_offset else scale
 
 
 def rounded(function: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
-    """function(*operands), element by element, in the operands' dtype, which it is rounded to in any case.
+    """Return function(*operands), element by element, rounded to the operands' dtype in any case.
 
     On CPUs XLA leaves out roundings between operations that it fuses, in programs for one row and not in others.
     """

@@ -1,6 +1,6 @@
-"""C++ libraries, compiled for this machine when they are first needed and kept for the user, whole or not at all.
+"""C++ libraries, compiled for this machine when they are first needed and kept in the user's cache.
 
-A checksum lies beside each library: what does not match it, or cannot be loaded, is built once more and never run.
+A checksum lies beside each library: one that does not match it, or cannot be loaded, is built again and never run.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from dex_jax.progress import notify
 
 COMPILERS = ("c++", "g++", "clang++")
 
-_builds: dict[str, Future[Path]] = {}  # of what `library` makes, by its name
+_builds: dict[str, Future[Path]] = {}  # results of `library`, by name
 _running: dict[subprocess.Popen[bytes], str] = {}  # compilers, and the folders that they write into
 
 
 def begin(name: str, source: Path, flags: tuple[str, ...]) -> Future[Path]:
-    """Makes `library` in a thread, once in a process, and gives what waits for it."""
+    """Call `library` in a thread, once for each name in a process, and return the future of its result."""
 
     def build(made: Future[Path]) -> None:
         try:
@@ -52,7 +52,7 @@ def begin(name: str, source: Path, flags: tuple[str, ...]) -> Future[Path]:
 
 
 def loaded(name: str, source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
-    """The library, loaded; one that cannot be loaded is built once more. Errors are those of `library`."""
+    """Load the library, building it once more if it cannot be loaded; errors are those of `library`."""
     try:
         kept = begin(name, source, flags).result()
         try:
@@ -67,15 +67,15 @@ def loaded(name: str, source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
 
 
 def library(name: str, source: Path, flags: tuple[str, ...]) -> Path:
-    """A C++ file, and what lies beside it, as a shared library for this machine.
+    """Return the shared library of a C++ file and those beside it, compiled for this machine unless it is cached.
 
-    An OSError says that there is no compiler or no place to write, a CalledProcessError that the compiler refuses.
+    Raise OSError without a compiler or a folder, CalledProcessError where the compiler refuses, DexError without room.
     """
     native, instructions = _compiler()
-    # What is multiplied and then added rounds twice on every machine, unless the source says otherwise.
+    # A product and a sum after it round twice on every machine, unless the source says otherwise.
     options = [*native, "-std=c++17", "-O3", "-ffp-contract=off", "-shared", "-fPIC", "-w", *flags]
     sources = [each.read_bytes() for each in sorted(source.parent.iterdir()) if each.suffix in (".cc", ".h")]
-    # Not where they lie: one build serves all environments.
+    # The digest leaves out where the sources lie, so that one build serves all environments.
     made_of = (*sources, instructions, " ".join(options).encode(), jaxlib.__version__.encode())
     digest = _digest(b"\0".join(made_of))[:16]
     kept = cache_folder() / "native" / f"{name}-{digest}.so"
@@ -101,7 +101,7 @@ def _digest(content: bytes) -> str:
 
 
 def _compiled(command: list[str]) -> bytes:
-    """Return what a compiler makes; an end of this process ends the compiler too and leaves nothing behind."""
+    """Run a compiler and return the library's bytes; an end of this process ends the compiler too, without a trace."""
     folder = tempfile.mkdtemp(prefix="dex_jax_")
     made = Path(folder) / "made.so"
     compiler = subprocess.Popen(
@@ -129,7 +129,7 @@ def _stop() -> None:
 
 @functools.cache
 def _compiler() -> tuple[tuple[str, ...], bytes]:
-    """The command that compiles for this machine, and what it knows of it; errors as of `library`."""
+    """Return the command that compiles for this machine, and the macros that it defines; errors are `library`'s."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
     command = shlex.split(compiler) if compiler else []
     if not command and importlib.util.find_spec("ziglang"):
@@ -137,6 +137,6 @@ def _compiler() -> tuple[tuple[str, ...], bytes]:
     if not command or platform.system() not in ("Linux", "Darwin"):
         raise OSError("no C++ compiler")
     native = (*command, "-march=native")
-    # What "native" means here: a home directory may belong to machines of several kinds.
+    # The macros say what "native" means here: a home directory may belong to machines of several kinds.
     asked = [*native, "-dM", "-E", "-x", "c++", os.devnull]
     return native, subprocess.run(asked, capture_output=True, check=True).stdout

@@ -1,7 +1,7 @@
-"""Weights as they are stored: blocks of 4 to 8 bits, which stay packed in memory.
+"""Packed weights, which stay in memory as they are stored: in blocks of 4 to 8 bits.
 
 On CPUs they lie in tiles, and products with them are computed in whole numbers (nn/cpp/tiles.h): rows are rounded to 16
-bits. Elsewhere they are taken to pieces on the way.
+bits. Elsewhere they are unpacked inside the product.
 
 Letters: R rows, in and out the widths of a product, V rows of a kernel.
 """
@@ -24,27 +24,27 @@ from dex_jax.nn.sharding import nbytes
 from dex_jax.nn.tiles import in_tiles, out_of_tiles, rows_at
 
 INT8 = "int8"
-"""The format of 8 bits a weight and one scale for each output."""
+"""The format with 8 bits for each weight and one scale for each output."""
 
 _SUMMED_UP = 4096
-"""Rows of blocks that are summed up at once: XLA holds what it has unpacked of more."""
+"""Number of a kernel's rows that are summed over at once: XLA holds in memory what it unpacks of more."""
 
 _AT_ONCE = 1 << 20
-"""Weights that are rounded to 8 bits at once."""
+"""Number of weights that are rounded to 8 bits at once."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["parts", "scales"], meta_fields=["formats", "tiles"])
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A kernel [out, in] whose rows are packed; those of a fused kernel may be of several formats."""
+    """A kernel [out, in] with packed rows; those of a fused kernel may be of several formats."""
 
-    parts: tuple[Any, ...]  # of each run of rows in one format uint8 [..., rows, bytes], int8 [..., rows, in] or Planes
-    scales: tuple[Any, ...]  # of each run float32 [..., rows], by which products are multiplied; None but for INT8
-    formats: tuple[str, ...]  # of each run, a key of FORMATS, that with PLANES behind it, or INT8
+    parts: tuple[Any, ...]  # for each run of one format's rows uint8 [..., rows, bytes], int8 [..., rows, in] or Planes
+    scales: tuple[Any, ...]  # for each run: float32 [..., rows], the factors of its products; None but for INT8
+    formats: tuple[str, ...]  # for each run: a key of FORMATS, one with PLANES behind it, or INT8
     tiles: bool = False  # whether each run lies in tiles (nn/tiles.py)
 
     def __getitem__(self, index: Any) -> Packed:
-        """The rows at `index` [V'] of a kernel of one format, packed; itself for `...`, as flax takes a parameter."""
+        """Return the rows at `index` [V'], packed, of a kernel of one format; itself for `...`, as flax takes it."""
         if index is Ellipsis:
             return self
         (part,), (scale,), (format,) = self.parts, self.scales, self.formats
@@ -56,7 +56,7 @@ class Packed:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[..., out, in], as of the kernel that this stands for."""
+        """The shape of the unpacked kernel, [..., out, in]."""
         first = self.parts[0]
         width = first.shape[-1]
         if self.formats[0] in FORMATS:
@@ -66,11 +66,11 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
+        """Number of bytes of all arrays."""
         return nbytes(self)
 
     def product(self, rows: jax.Array) -> jax.Array:
-        """rows [R, in] @ kernel.T: [R, out] float32."""
+        """Multiply rows [R, in] by kernel.T: [R, out] float32."""
         each = zip(self.parts, self.scales, self.formats, strict=True)
         return jnp.concatenate([_product(rows, *part, self.tiles) for part in each], axis=-1)
 
@@ -81,7 +81,7 @@ class Packed:
 
 
 def blank_kernel(shape: tuple[int, ...], runs: tuple[tuple[str, int], ...]) -> Packed:
-    """Zeros in the place of a kernel [..., out, in] whose runs of rows are (format, rows)."""
+    """Return zeros in the place of a kernel [..., out, in] with the runs of rows (format, rows)."""
     lead, width = shape[:-2], shape[-1]
 
     def part(format: str, rows: int) -> Any:
@@ -103,14 +103,14 @@ def _in_tiles_here(formats: tuple[str, ...]) -> bool:
 
 @functools.cache
 def kernel_bytes(shape: tuple[int, ...], runs: tuple[tuple[str, int], ...]) -> int:
-    """Bytes of a kernel [out, in] whose runs of rows are (format, rows)."""
+    """Return the bytes of a kernel [out, in] with the runs of rows (format, rows)."""
     return nbytes(jax.eval_shape(lambda: blank_kernel(shape, runs)))
 
 
 def to_int8(kernel: np.ndarray) -> Packed:
-    """A kernel [out, in] in 8 bits, with the scale of each output that its largest weight needs; arrays are NumPy's.
+    """Round a kernel [out, in] to 8 bits, with a scale for each output from its largest weight; arrays are NumPy's.
 
-    It is worked through a few rows at a time, as the largest kernels take much of a model's memory.
+    It takes a few rows at a time, as the largest kernels take much of a model's memory.
     """
     values, scales = np.empty(kernel.shape, np.int8), np.empty(kernel.shape[:1], np.float32)
     step = max(1, _AT_ONCE // kernel.shape[1])
@@ -123,7 +123,7 @@ def to_int8(kernel: np.ndarray) -> Packed:
 
 
 def joined(blocks: list[np.ndarray], runs: tuple[tuple[str, int], ...]) -> Packed:
-    """The kernel of blocks [rows, bytes] one above the other, whose runs of rows are (format, rows)."""
+    """Join blocks [rows, bytes], one above the other, to the packed kernel with the runs of rows (format, rows)."""
     parts: list[Any] = []
     left = list(blocks)
     for format, rows in runs:
@@ -144,7 +144,7 @@ def as_products_read(kernel: Packed) -> Packed:
 
 
 def take_rows(kernel: jax.Array | Packed, index: jax.Array) -> jax.Array:
-    """Rows of a kernel [V, in], packed or not: at `index` [...], [..., in]; packed ones come out in float32."""
+    """Return the rows at `index` [...] of a kernel [V, in]: [..., in]; those of a packed kernel are float32."""
     if not isinstance(kernel, Packed):
         return jnp.take(kernel, index, axis=0)
     (part,), (scale,), (format,) = kernel.parts, kernel.scales, kernel.formats
@@ -187,7 +187,7 @@ def _as_stored(part: Any, format: str, tiles: bool) -> Any:
 
 
 def _product_by_xla(rows: jax.Array, part: jax.Array, format: str) -> jax.Array:
-    # For products XLA makes a dense copy of blocks, and on older GPUs of int8; for sums it reads them where they lie.
+    # For products XLA makes a dense copy of blocks, and on older GPUs of int8; for sums it reads them in place.
     if rows.shape[0] <= FEWEST and (gpu_capability() if format != INT8 else 0 < gpu_capability() < 8):
         step = part.shape[0] if format == INT8 else _SUMMED_UP
         some = (part[first : first + step] for first in range(0, part.shape[0], step))
@@ -196,7 +196,7 @@ def _product_by_xla(rows: jax.Array, part: jax.Array, format: str) -> jax.Array:
 
 
 def _dense(part: Any, scale: jax.Array | None, format: str) -> jax.Array:
-    """Rows of one format as float32 [..., in], to the last bit as the gguf package has them."""
+    """Unpack rows of one format to float32 [..., in], to the last bit as the gguf package does."""
     if isinstance(part, Planes):
         return part.dense()
     if format == INT8:

@@ -1,4 +1,4 @@
-"""A transformer's weights on a mesh: which devices hold what, and how they get it without passing through another."""
+"""The weights of a transformer on a mesh: which devices hold what, and how each part gets straight to its device."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def build_on_mesh(
     mesh: Mesh,
     packing: Packing = (),
 ) -> Transformer:
-    """Build as `nn.transformer.build` does, with every tensor read once and put on the devices that own it.
+    """Build a transformer on a mesh: every tensor is read once and put on the devices that own it.
 
     Only tensors that devices of this process need are read. Rows of fused projections are in another order than in
-    the checkpoint where a tensor axis splits them: see `tensor_part`. It splits int8 too, but no blocks.
+    the checkpoint where a tensor axis splits them: see `tensor_part`. It splits int8 weights too, but no blocks.
     """
     places = layout.places
 
@@ -47,7 +47,7 @@ def build_on_mesh(
         leaves, tree = jax.tree.flatten(blank)
 
         def laid(leaf: int, rows: np.ndarray) -> np.ndarray:
-            """A device's part of an array, as its products read it."""
+            """Return a device's part of an array in the layout that its products read."""
             tiles = isinstance(blank, Packed) and blank.tiles and leaf < len(blank.parts)
             return in_tiles(rows, blank.formats[leaf]) if tiles else rows
 
@@ -78,7 +78,7 @@ def build_on_mesh(
 def _spread(
     shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh, part: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
-    """An array of these logical axes from what `part` gives for each device of this process, along the first axis."""
+    """Make an array with these logical axes of the parts that `part` returns for the devices of this process."""
     sharding = NamedSharding(mesh, partition(axes[: len(shape)], shape, mesh))
     where: dict[Any, Any] = dict(sharding.addressable_devices_indices_map(shape))
     devices = sorted(where, key=lambda device: where[device][0].start or 0)
@@ -87,9 +87,9 @@ def _spread(
 
 
 def tensor_part(config: ModelConfig, field: str, whole: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
-    """One device's part of a layer's tensor `whole`, which is as the checkpoint has it.
+    """Return one device's part of a layer's tensor `whole`, which is in the checkpoint's order.
 
-    Rows of a fused projection are those of several tensors, one above the other; a device takes its share of each, so
+    A fused projection has the rows of several tensors, one above the other; a device takes its share of each, so
     that its rows are its own query, key and value heads, or its own gates and ups. `index` says where the part lies in
     the array on the mesh.
     """
@@ -111,7 +111,7 @@ def tensor_part(config: ModelConfig, field: str, whole: np.ndarray, index: tuple
 
 
 def weight_specs(weights: Any, mesh: Mesh | None) -> Any:
-    """The PartitionSpec of every weight: `weights` as a staged LanguageModel has them, arrays or shapes."""
+    """Return the PartitionSpec of every weight; `weights` are those of a LanguageModel on a mesh, arrays or shapes."""
     assert mesh is not None
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
@@ -124,12 +124,12 @@ def weight_specs(weights: Any, mesh: Mesh | None) -> Any:
 
 
 def device_config(config: ModelConfig, layout: Staged, mesh: Mesh) -> ModelConfig:
-    """The model as one device has it: the layers of its stages, and its share of heads and mlp."""
+    """Return the configuration of one device's part: the layers of its stages, and its share of heads and mlp."""
     pieces = mesh.shape[TENSOR]
     return dataclasses.replace(
         config,
         num_layers=len(layout.places),
-        layer_kinds=(),  # which differ from device to device: `kind_table` has them
+        layer_kinds=(),  # they differ from device to device, and `kind_table` has them
         num_heads=config.num_heads // pieces,
         num_kv_heads=config.num_kv_heads // pieces,
         mlp_width=config.mlp_width // pieces,

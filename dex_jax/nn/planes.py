@@ -1,8 +1,8 @@
-"""GGUF's blocks as TPUs want them: codes in planes, which XLA widens on their way into the matrix units.
+"""GGUF's blocks in a layout for TPUs: codes in planes, which XLA widens on their way into the matrix units.
 
-Of blocks as a file has them XLA makes a dense copy for each product on a TPU, and slowly. Here each code of a group is
-in a plane of its own, and so is the scale. A number is made of what lies at one place in two or three planes, and XLA
-makes it inside the product.
+From blocks in a file's layout, XLA on a TPU makes a dense copy for each product, and slowly. Here the codes at one
+place of all groups form a plane, and the scales form another. A number is computed from what lies at one place in two
+or three planes, inside the product.
 
 Letters: R rows, in and out the widths of a product, n columns of a group.
 """
@@ -24,39 +24,39 @@ PLANES = " in planes"
 _FOUR_BITS = {"Q4_0", "Q4_1", "Q4_K"}
 
 _LANES = 128
-"""Numbers that lie side by side in a TPU's registers."""
+"""Number of values that lie side by side in a TPU's registers."""
 
 _AT_ONCE = 1 << 24
-"""Weights that are taken to pieces at once: a TPU's compiler holds 8 bytes of each."""
+"""Number of weights that are unpacked at once: a TPU's compiler holds 8 bytes of each."""
 
 
 class Planes(Pieces):
-    """A kernel [out, in]: codes [n, in / n, out], those of 4 bits as int4 or uint4, the rest [1, in / n, out]."""
+    """A kernel [out, in] in planes: codes [n, in / n, out], with 4 bits as int4 or uint4, the rest [1, in / n, out]."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """[out, in]."""
+        """The kernel's shape, [out, in]."""
         n, groups, out = self.codes.shape
         return out, n * groups
 
     def dense(self) -> jax.Array:
-        """The numbers, to the last bit as the gguf package has them: float32 [out, in]."""
+        """Unpack the numbers, to the last bit as the gguf package does: float32 [out, in]."""
         return self.numbers().transpose(2, 1, 0).reshape(self.shape)
 
     def product(self, rows: jax.Array) -> jax.Array:
-        """rows [R, in] @ kernel.T, computed in rows' dtype: [R, out] float32."""
+        """Multiply rows [R, in] by kernel.T in the rows' dtype: [R, out] float32."""
         n, groups, _ = self.codes.shape
         columns = filled_up(rows).reshape(-1, groups, n).transpose(0, 2, 1)
         return dot(columns, self.numbers().astype(rows.dtype), ((1, 2), (0, 1)))[: rows.shape[0]]
 
     def take(self, index: jax.Array | np.ndarray) -> Planes:
-        """The rows at `index` [V']."""
+        """Return the rows at `index` [V'], in planes."""
         return jax.tree.map(lambda plane: plane[..., index], self)
 
     def rows_at(self, index: jax.Array) -> jax.Array:
-        """The rows at `index` [...], dense: float32 [..., in].
+        """Unpack the rows at `index` [...]: float32 [..., in].
 
-        Each is picked out of the lanes beside it: to gather lanes a TPU would copy all planes.
+        Each is picked out of the lanes around it: to gather lanes a TPU would copy all planes.
         """
         width, out = min(_LANES, self.codes.shape[-1]), self.codes.shape[-1]
 
@@ -70,7 +70,7 @@ class Planes(Pieces):
 
 
 def blank_planes(shape: tuple[int, ...], format: str) -> Planes:
-    """Zeros in the place of a kernel [out, in] in a format, one of FORMATS."""
+    """Return zeros in the place of a kernel [out, in] in a format, one of FORMATS."""
     out, width = shape
     columns, size = FORMATS[format]
     found = jax.eval_shape(lambda: _planes(jnp.zeros((out, width // columns * size), jnp.uint8), format))
@@ -78,7 +78,7 @@ def blank_planes(shape: tuple[int, ...], format: str) -> Planes:
 
 
 def in_planes(blocks: np.ndarray, format: str) -> Planes:
-    """Rows [out, bytes] uint8 of one of FORMATS, taken to pieces on the default device, some of them at a time."""
+    """Convert rows [out, bytes] uint8 of one of FORMATS to planes on the default device, some of them at a time."""
     columns, size = FORMATS[format]
     step = max(1, _AT_ONCE // (blocks.shape[1] // size * columns))
     parts = [_planes(blocks[first : first + step], format) for first in range(0, len(blocks), step)]
@@ -92,7 +92,7 @@ def _split(blocks: jax.Array, format: str) -> Pieces:
 
 def _planes(blocks: jax.Array | np.ndarray, format: str) -> Planes:
     codes, scale, least = _split(blocks, format)
-    # Not in the same program: jaxlib 0.7.2 aborts on CPUs where one gives 4 bits beside other numbers.
+    # This is a program of its own: jaxlib 0.7.2 aborts on CPUs where one returns numbers of 4 bits beside others.
     if format in _FOUR_BITS:
         codes = codes.astype(jnp.int4 if codes.dtype == jnp.int8 else jnp.uint4)
     return Planes(codes, scale, least)

@@ -1,4 +1,4 @@
-"""Rotary positions, stretched or not, of all of a head or of a part.
+"""Rotary position embeddings, stretched or not, over all of a head or a part of it.
 
 Letters: R rows, H query heads, G key-value heads, d head width, d' how much of it is rotated.
 """
@@ -18,11 +18,11 @@ from dex_jax.nn import few_rows
 from dex_jax.nn.products import computed_once, dot
 
 ALIKE = LayerKind()
-"""The kind of layers where a model has but one."""
+"""The kind of all layers of a model that has but one kind."""
 
 
 def rope_frequencies(config: ModelConfig, kind: LayerKind = ALIKE) -> np.ndarray:
-    """Rotary angle per position in layers of a kind, [d' / 2] float32; zeros where nothing is rotated.
+    """Return the rotary angle per position in layers of a kind: [d' / 2] float32, zeros where nothing is rotated.
 
     The "llama3" ramp is that of Llama 3.1's release, "yarn" that of arXiv 2309.00071, "longrope" of 2402.13753.
     """
@@ -65,11 +65,11 @@ class Rotation(NamedTuple):
 
     cos: jax.Array  # [..., d' / 2] float32
     sin: jax.Array  # [..., d' / 2] float32
-    queries: jax.Array | None = None  # [...] float32, what queries are multiplied with besides; None: nothing
+    queries: jax.Array | None = None  # [...] float32, another factor of queries; None for 1
 
 
 def rope_table(positions: jax.Array, config: ModelConfig, kind: LayerKind = ALIKE) -> Rotation:
-    """The rotation at absolute positions [...] int32 in layers of a kind."""
+    """Return the rotation at absolute positions [...] int32 in layers of a kind."""
     frequencies = rope_frequencies(config, kind).reshape((1,) * positions.ndim + (-1,))
     scaling = config.rope_scaling if kind.rope == "main" else None
     magnitude = 1.0 if scaling is None else scaling.magnitude
@@ -87,9 +87,9 @@ def rope_table(positions: jax.Array, config: ModelConfig, kind: LayerKind = ALIK
 
 
 def turned(heads: jax.Array, rotation: Rotation, groups: int, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Heads of queries, keys and values side by side [..., R, (H + 2 G) d]: all apart, queries and keys rotated.
+    """Split heads [..., R, (H + 2 G) d] into queries, keys and values, and rotate queries and keys.
 
-    Gives queries [..., R, H, d], keys and values [..., G, R, d].
+    Returns queries [..., R, H, d], keys and values [..., G, R, d].
     """
 
     def plain(heads: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -105,9 +105,9 @@ def turned(heads: jax.Array, rotation: Rotation, groups: int, width: int) -> tup
 
 
 def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Heads [..., d] turned by tables [..., d' / 2] that broadcast against them; pairs are (i, i + d' / 2)."""
-    # What is cut and joined along the last axis takes a TPU several programs, a product one. For single rows of several
-    # sequences it would lay stacked caches out as the product's result, a copy of all in every step.
+    """Rotate heads [..., d] by tables [..., d' / 2] that broadcast against them; pairs are (i, i + d' / 2)."""
+    # To cut and join along the last axis takes a TPU several programs, a product takes one. For single rows of several
+    # sequences, a product makes it give stacked caches the layout of the result, a copy of all in every step.
     by_tpu = _by_product if x.shape[-2] > 1 else _by_halves
     return jax.lax.platform_dependent(x, cos, sin, tpu=by_tpu, default=_by_halves)
 

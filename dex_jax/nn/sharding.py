@@ -1,8 +1,8 @@
-"""Meshes that a user may ask for, and the one table from logical axes of arrays to axes of the mesh.
+"""The meshes that a user may request, and the table that maps logical axes of arrays to axes of the mesh.
 
 A mesh has three axes. "stage": M devices share the K explorers evenly, each with the layers, caches and hidden states
-of its own stages and of no other. "tensor": the heads, the mlp and the vocabulary of a stage are spread over the
-devices of its row. "data": sequences are spread over copies of all that.
+of its own stages and of no other. "tensor": the heads, the mlp and the vocabulary of a stage are split over the
+devices of its row. "data": sequences are split over copies of all that.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from dex_jax.errors import DexError
 
 DATA, STAGE, TENSOR = "data", "stage", "tensor"
 MESH_AXES = (DATA, STAGE, TENSOR)
-"""From the slowest link to the fastest: devices of one tensor row are neighbours."""
+"""The axes from the slowest link to the fastest: devices of one tensor row are neighbours."""
 
 AUTOMATIC = (AxisType.Auto,) * len(MESH_AXES)
 
 RULES = {"stage": STAGE, "sequence": DATA, "heads": TENSOR, "mlp": TENSOR, "vocabulary": TENSOR}
-"""Logical axis -> mesh axis. All others ("width", "layer", positions, rows) are whole on every device."""
+"""The mesh axis of each logical axis. All others ("width", "layer", positions, rows) are whole on every device."""
 
 EVERYWHERE: Any = PartitionSpec()
 
 
 def spec_of(*axes: str | None) -> PartitionSpec:
-    """Return how an array of these logical axes lies on a mesh whose sizes divide it."""
+    """Return the PartitionSpec of an array with these logical axes, on a mesh that divides all of them."""
     return PartitionSpec(*(RULES.get(name or "") for name in axes))
 
 
@@ -42,7 +42,7 @@ BY_STAGE: Any = spec_of("stage", "sequence")
 
 
 def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """Return how an array of these logical axes lies on a mesh; an axis that the devices do not divide is not split."""
+    """Return the PartitionSpec of an array on `mesh`; an axis that the devices do not divide is not split."""
     found: list[str | None] = []
     for name, size in zip(axes, shape, strict=True):
         axis = RULES.get(name or "")
@@ -51,12 +51,12 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> P
 
 
 def bits_of(dtype: jnp.dtype) -> int:
-    """Return the bits of a number in an array on a device, where two of 4 bits share a byte."""
+    """Return the number of bits that a number of this dtype takes on a device, where two of 4 bits share a byte."""
     return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes that one device holds of all arrays or ShapeDtypeStructs of a tree."""
+    """Return the bytes that one device holds of all arrays or ShapeDtypeStructs of a tree."""
 
     def size(leaf: Any) -> int:
         sharding = getattr(leaf, "sharding", None)
@@ -67,7 +67,7 @@ def nbytes(tree: Any) -> int:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Axis sizes of "stage=5,tensor=2", in the order of MESH_AXES, 1 where nothing is said; a DexError for no mesh."""
+    """Parse axis sizes such as "stage=5,tensor=2", all in the order of MESH_AXES, 1 by default; else a DexError."""
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = (piece.strip() for piece in part.partition("="))
@@ -85,16 +85,16 @@ def _no_mesh(wanted: Any) -> DexError:
 
 
 def device_name(device: jax.Device) -> str:
-    """Platform and kind, as reports tell them."""
+    """Return a device's platform and kind, for reports."""
     return f"{device.platform}:{device.device_kind}"
 
 
 def make_mesh(wanted: str | dict[str, int] | Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with all three axes.
+    """Make a mesh with all three axes.
 
     Args:
-      wanted: "stage=5,tensor=2", the same as a dict, or a jax Mesh whose axes are among MESH_AXES.
-      devices: to choose from, the first ones are taken in their order; None is all that there are, which JAX puts in
+      wanted: "stage=5,tensor=2", the same as a dict, or a jax Mesh with axes among MESH_AXES.
+      devices: those to choose from; the first ones are taken, in their order. None stands for all, which JAX puts in
         the order of their links where all are taken.
 
     Raises:
@@ -129,7 +129,7 @@ def make_mesh(wanted: str | dict[str, int] | Mesh, devices: Sequence[jax.Device]
 
 
 def check_model(mesh: Mesh, config: ModelConfig) -> None:
-    """A DexError for more stages than the model has layers, or a tensor axis that does not divide heads or mlp."""
+    """Raise DexError for more stages than the model has layers, or a tensor axis that cannot split the model."""
     stages, pieces = mesh.shape[STAGE], mesh.shape[TENSOR]
     if stages > config.num_layers:
         raise DexError(f"a mesh of {stages} stages needs as many layers, and the model has {config.num_layers}")
@@ -144,7 +144,7 @@ def check_model(mesh: Mesh, config: ModelConfig) -> None:
 
 
 def check_stages(mesh: Mesh, stages: int) -> None:
-    """A DexError unless every device of the mesh's stages gets as many of a plan's explorers."""
+    """Raise DexError unless every device of the stage axis gets equally many of a plan's explorers."""
     if stages % mesh.shape[STAGE]:
         raise DexError(
             f"the mesh has stage={mesh.shape[STAGE]} and the plan {stages} explorers: every device runs equally many, "
@@ -153,7 +153,7 @@ def check_stages(mesh: Mesh, stages: int) -> None:
 
 
 def check_batch(mesh: Mesh, sequences: int) -> None:
-    """A DexError unless sequences spread evenly over the data axis."""
+    """Raise DexError unless the data axis divides the number of sequences."""
     if sequences % mesh.shape[DATA]:
         raise DexError(
             f"data={mesh.shape[DATA]} does not divide the {sequences} sequences: give a multiple of it, or a smaller "
@@ -162,7 +162,7 @@ def check_batch(mesh: Mesh, sequences: int) -> None:
 
 
 def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
-    """Puts arrays where `specs` (PartitionSpecs, a prefix of the tree) says; jax.ShapeDtypeStructs get the sharding."""
+    """Put arrays where `specs` say (PartitionSpecs, a prefix of the tree); jax.ShapeDtypeStructs get the sharding."""
 
     def one(leaf: Any, sharding: NamedSharding) -> Any:
         if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -171,7 +171,7 @@ def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
             return jax.device_put(leaf, sharding)
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return jax.jit(lambda x: x, out_shardings=sharding)(leaf)
-        # The same on all hosts, each of which puts its part on its own devices.
+        # All hosts hold the same array, and each puts its part on its own devices.
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             bits = one(np.asarray(jax.random.key_data(leaf)), sharding)
             return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf))
@@ -182,14 +182,14 @@ def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
 
 
 def zeros(shapes: Any, specs: Any, mesh: Mesh) -> Any:
-    """Arrays of zeros like a tree of jax.ShapeDtypeStructs, made where they belong."""
+    """Make arrays of zeros like a tree of jax.ShapeDtypeStructs, on the devices where they belong."""
     shardings = map_placed(lambda leaf, sharding: sharding, shapes, specs, mesh)
     blank = functools.partial(jax.tree.map, lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.jit(blank, out_shardings=shardings)()
 
 
 def map_placed(function: Any, tree: Any, specs: Any, mesh: Mesh) -> Any:
-    """function(leaf, its NamedSharding) over a tree, `specs` being a prefix of it."""
+    """Apply function(leaf, its NamedSharding) to every leaf of a tree; `specs` are a prefix of it."""
 
     def under(spec: PartitionSpec, branch: Any) -> Any:
         # A program's result without elements lies everywhere, whatever the program says.

@@ -1,4 +1,4 @@
-"""The final layer's distribution as exits with a draft vocabulary can know it: what they learn, and are measured by.
+"""The final layer's distribution over the draft vocabulary, which exits learn and are measured by.
 
 Letters: N tokens, D width, V vocabulary, V' draft vocabulary.
 """
@@ -33,7 +33,7 @@ class Targets(NamedTuple):
 
 
 def targets(final: jax.Array, vocabulary: Vocabulary) -> Targets:
-    """The targets of N tokens, given their features [N, D] after the final norm at depth L."""
+    """Return the targets of N tokens, given their features [N, D] after the final norm at depth L."""
     logits = capped(linear(final, vocabulary.unembed, out_dtype=jnp.float32), vocabulary.cap)
     top = jnp.argmax(logits, axis=-1)
     log_all = jax.nn.logsumexp(logits, axis=-1)
@@ -45,7 +45,7 @@ def targets(final: jax.Array, vocabulary: Vocabulary) -> Targets:
         at = jnp.minimum(jnp.searchsorted(vocabulary.draft, top), width - 1)
         best = jnp.where(vocabulary.draft[at] == top, at, width)
     inside = jnp.exp(columns - log_all[:, None])
-    # Of the full vocabulary nothing is outside, and what rounding leaves there would count as entropy.
+    # With the full vocabulary nothing is outside, and what rounding leaves there would count as entropy.
     outside = jnp.zeros_like(log_all)
     if vocabulary.draft is not None:
         outside = jnp.maximum(1 - jnp.sum(inside, axis=-1), 0.0)

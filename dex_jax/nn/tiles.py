@@ -1,4 +1,4 @@
-"""Packed weights as products on CPUs read them: bytes of 16 outputs side by side, in tiles (nn/cpp/tiles.h).
+"""Packed weights in a layout for products on CPUs: bytes of 16 outputs side by side, in tiles (nn/cpp/tiles.h).
 
 A kernel in tiles has the shape that it has in a file, [out, bytes]. Within 16 outputs the bytes of a block lie in
 units, words of 4 bytes and then halves of 2, and of each unit those of all outputs lie together. Nothing is rounded.
@@ -18,10 +18,10 @@ import numpy as np
 from dex_jax.nn.blocks import FORMATS
 
 OUTPUTS = 16
-"""Outputs of a tile."""
+"""Number of outputs of a tile."""
 
 WORD = 4
-"""Bytes of a word, and of codes of 8 bits that stand alone a unit."""
+"""Number of bytes of a word, which is also the unit of 8-bit codes without scales."""
 
 _HALVES = {
     "Q4_0": (0,),
@@ -32,7 +32,7 @@ _HALVES = {
     "Q5_K": (0, 2),
     "Q6_K": (208,),
 }
-"""Format -> where the float16 numbers are in a block; all else is words."""
+"""The offsets of the float16 numbers in a block, by format; all else is words."""
 
 
 class Places(NamedTuple):
@@ -43,7 +43,7 @@ class Places(NamedTuple):
     within: np.ndarray
 
     def of(self, output: Any, outputs: Any) -> Any:
-        """The places in a group of the bytes of outputs [N] int32 among `outputs`, [N] or a number: [N, bytes]."""
+        """Return the places of the bytes of `output` [N] int32 in a group of `outputs`, [N] or a number: [N, bytes]."""
         unit, size, within = (each[None] for each in self)
         return (outputs if isinstance(outputs, int) else outputs[:, None]) * unit + output[:, None] * size + within
 
@@ -70,13 +70,13 @@ def _places(format: str, width: int) -> Places:
 
 @functools.lru_cache(maxsize=64)
 def _sources(format: str, width: int, outputs: int) -> np.ndarray:
-    """Return where each byte of a group in tiles is in the rows one after the other: [r * bytes] int32."""
+    """Return the index among the bytes of the rows, one after the other, of each byte of a group: [r * bytes] int32."""
     places = _places(format, width).of(np.arange(outputs, dtype=np.int32), outputs)
     return np.argsort(places.ravel()).astype(np.int32)
 
 
 def in_tiles(rows: Any, format: str) -> Any:
-    """Rows [..., out, bytes] as a file has them, in tiles: an array of the same kind, shape and dtype."""
+    """Put rows [..., out, bytes] of a file into tiles: an array of the same kind, shape and dtype."""
     *lead, count, width = rows.shape
     space = jnp if isinstance(rows, jax.Array) else np
     whole = count // OUTPUTS * OUTPUTS
@@ -97,7 +97,7 @@ def in_tiles(rows: Any, format: str) -> Any:
 
 
 def rows_at(tiles: jax.Array, index: jax.Array, format: str) -> jax.Array:
-    """The rows at `index` [...] int32 of a kernel [out, bytes] in tiles, as a file has them: [..., bytes]."""
+    """Return the rows at `index` [...] int32 of a kernel [out, bytes] in tiles, as a file has them: [..., bytes]."""
     count, width = tiles.shape
     flat = index.reshape(-1)
     first = flat // OUTPUTS * OUTPUTS
@@ -106,7 +106,7 @@ def rows_at(tiles: jax.Array, index: jax.Array, format: str) -> jax.Array:
 
 
 def out_of_tiles(tiles: jax.Array, format: str) -> jax.Array:
-    """A kernel [..., out, bytes] in tiles, as a file has it."""
+    """Put a kernel [..., out, bytes] in tiles back into the order of a file."""
     count, width = tiles.shape[-2:]
     every = jnp.arange(count)
     flat = tiles.reshape(-1, count, width)

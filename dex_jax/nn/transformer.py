@@ -1,4 +1,4 @@
-"""The decoder as a flax.nnx module, of a list of layers, and how its weights lie on a mesh."""
+"""The transformer as a flax.nnx module with a list of layers, and the layout of its weights on a mesh."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from dex_jax.nn.packed import Packed, as_products_read, take_rows
 
 @dataclasses.dataclass(frozen=True)
 class Staged:
-    """On a mesh: l arrays [M, ...] of each kind; the j-th holds layer j of each of the M devices of the stage axis.
+    """The layout of layers on a mesh: l arrays [M, ...] of each parameter, the j-th with layer j of every device.
 
-    Device m has S = K / M stages, those from m S on. The first axis is split over the devices, each of which sees l
-    layers of its own, one array each, as if it had a small model. A stage that is longer on another device is padded
-    with zero layers, which are skipped.
+    Device m of the stage axis, one of M, has S = K / M stages, those from m S on. The first axis is split over these
+    devices; each sees l layers of its own, one array each, as if it had a small model. A stage that is shorter than
+    another device's is padded with zero layers, which are skipped.
     """
 
     depths: tuple[int, ...]  # exit depths x_1 < ... < x_K = L
@@ -34,19 +34,19 @@ class Staged:
 
     @property
     def devices(self) -> int:
-        """M."""
+        """Number of devices of the stage axis, M."""
         return len(self.depths) // self.held
 
     @property
     def device_depths(self) -> tuple[int, ...]:
-        """The depths among a device's own l layers at which its S stages end, the last of them l."""
+        """The depths among a device's own l layers at which its S stages end; the last of them is l."""
         lengths = [len(stage) for stage in stage_ranges(self.depths)]
         longest = [max(lengths[s :: self.held]) for s in range(self.held)]
         return tuple(itertools.accumulate(longest))
 
     @property
     def places(self) -> list[list[int | None]]:
-        """The layer, 0-based, that stands at each of the l places of every device, [l][M]; None for padding."""
+        """The layer, 0-based, at each of the l places of every device, [l][M]; None for padding."""
         stages, found = stage_ranges(self.depths), []
         for s, own in enumerate(stage_ranges(self.device_depths)):
             for j in range(len(own)):
@@ -64,21 +64,21 @@ PARAMETER_AXES: dict[str, tuple[str, ...]] = {
 
 
 def stage_ranges(depths: tuple[int, ...]) -> list[range]:
-    """0-based layers of each stage for exit depths x_1 < ... < x_K."""
+    """Return the 0-based layers of each stage for exit depths x_1 < ... < x_K."""
     return [range(lo, hi) for lo, hi in zip((0, *depths[:-1]), depths, strict=True)]
 
 
 class Transformer(nnx.Module):
-    """Embedding, decoder layers, final norm and unembedding.
+    """A decoder-only transformer: embedding, decoder layers, final norm and unembedding.
 
     Args:
       config: shapes and constants.
       init: (name, shape, kind) -> array, or a Packed where kind is "kernel", with canonical names ("embed",
-        "layers.3.qkv"; "layers.*3.qkv" for the fourth layer of every stage on a mesh).
+        "layers.3.qkv"; "layers.*3.qkv" for the fourth layer of every device on a mesh).
       layout: None for L layers, Staged(depths) for l with a leading axis [M].
-      tensor_axis: as of DecoderLayer.
+      tensor_axis: see DecoderLayer.
       vocabulary_axis: under shard_map, the mesh axis over which embedding and unembedding are split by tokens.
-      kinds: of a device's layers on a mesh; None takes them from config.
+      kinds: those of a device's layers on a mesh; None takes them from config.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Transformer(nnx.Module):
         return (self.embed if self.unembed is None else self.unembed)[...]
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
-        """[...] int32 -> [..., D]."""
+        """Embed tokens: [...] int32 -> [..., D]."""
         if self.vocabulary_axis is None:
             return self._scaled(take_rows(self.embed[...], tokens).astype(self.dtype))
         rows = self.embed[...].shape[0]
@@ -128,11 +128,11 @@ class Transformer(nnx.Module):
         return embedded if scale == 1 else rounded(lambda embedded: embedded * scale, embedded)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Final norm and unembedding: [..., D] -> [..., V] float32 (exit K, and every exit of kind "shared")."""
+        """Apply final norm and unembedding: [..., D] -> [..., V] float32 (exit K, and every exit of kind "shared")."""
         return self.unembedding(self.normed(hidden))
 
     def normed(self, hidden: jax.Array) -> jax.Array:
-        """The final norm, with what divides logits: [..., D] -> [..., D]."""
+        """Apply the final norm, and divide by the divisor of logits: [..., D] -> [..., D]."""
         return rms_norm(hidden, self.final_scale, self.config.norm_eps)
 
     @property
@@ -142,7 +142,7 @@ class Transformer(nnx.Module):
         return scale if divisor == 1 else scale.astype(jnp.float32) / divisor
 
     def unembedding(self, features: jax.Array) -> jax.Array:
-        """[..., D] -> [..., V] float32."""
+        """Return the logits of normed features: [..., D] -> [..., V] float32."""
         own = capped(linear(features, self.vocabulary_kernel, out_dtype=jnp.float32), self.config.logit_cap)
         if self.vocabulary_axis is None:
             return own
@@ -150,12 +150,12 @@ class Transformer(nnx.Module):
 
 
 def layer_parameters(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Parameter name within a layer -> (shape, kind), read off the module itself."""
+    """Return (shape, kind) of every parameter of a layer, by name, as the module itself requests them."""
     return recorded(functools.partial(DecoderLayer, config))
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of every parameter."""
+    """Return the shape of every parameter, by canonical name."""
     shapes = {"embed": (config.vocab_size, config.width), "final_norm": (config.width,)}
     if not config.tied:
         shapes["unembed"] = (config.vocab_size, config.width)
@@ -166,7 +166,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def build(config: ModelConfig, read: Callable[[str], np.ndarray | Packed], dtype: jnp.dtype) -> Transformer:
-    """A transformer in `dtype` from `read`: canonical name -> array of any float dtype, or a Packed."""
+    """Build a transformer in `dtype` from `read`: canonical name -> array of any float dtype, or a Packed."""
 
     def init(name: str, shape: tuple[int, ...], kind: str) -> Any:
         found = read(name)
@@ -181,6 +181,6 @@ def _named(init, prefix: str, lead: tuple[int, ...]):
 
 
 def module_list(modules: Iterable[nnx.Module]):
-    """Modules as a field of another one."""
+    """Return modules in the form that a field of another module takes."""
     # flax 0.11 has no nnx.List and takes a plain list; later ones refuse one.
     return nnx.List(modules) if hasattr(nnx, "List") else list(modules)

@@ -1,4 +1,4 @@
-"""Kernels for GPUs and TPUs, tried on a small case beside XLA's own operations before a process uses them.
+"""Trials of the kernels for GPUs and TPUs against XLA's own operations, on a small case before a process uses them.
 
 They are compiled in the project's tests and have not run on every device there is: where one raises, or gives other
 numbers, a line says so and XLA's operations are used.
@@ -22,11 +22,11 @@ from dex_jax.nn.blocks import FORMATS
 from dex_jax.nn.products import ASSUMED, DISTRUSTED, TRITON, compiled_for, gpu_capability
 
 TOLERANCE = 0.05
-"""Results below are about 1 and are rounded to bfloat16, some of them twice."""
+"""The largest difference allowed: results are about 1 and are rounded to bfloat16, some of them twice."""
 
 
 def try_kernels() -> None:
-    """Tries the kernels that programs for the device at hand would have, once in a process."""
+    """Try the kernels that programs for the device at hand would use, once in a process."""
     if ASSUMED.get() is not None:  # nothing that is compiled can run here
         return
     if gpu_capability() >= 8:
@@ -38,7 +38,7 @@ def try_kernels() -> None:
 
 @functools.cache
 def _try(family: str, name: str, case: Callable[[], tuple[Any, Any]]) -> None:
-    """Runs a case, which gives what a kernel computes and what XLA does; distrusts the family where they differ."""
+    """Run a case, which returns a kernel's result and XLA's, and distrust the family where it fails or they differ."""
     try:
         found, wanted = (np.asarray(each, np.float32) for each in case())
         off = float(np.abs(found - wanted).max()) if np.isfinite(found).all() else np.inf

@@ -1,4 +1,4 @@
-"""A transformer's module and its weights apart: jitted programs take the weights, and put the module around them."""
+"""The split of a transformer into weights, which jitted programs take, and the module that they put around them."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def merge_model(
     kinds: KindTable | None = None,
     layout: Staged | None = None,
 ) -> Transformer:
-    """The module over `weights`, under a trace or not; arguments as of Transformer."""
+    """Build the module around `weights`, under a trace or not; the other arguments are those of Transformer."""
     return nnx.merge(_graph_of(config, layout, tensor_axis, vocabulary_axis, kinds), weights)
 
 
 @functools.lru_cache(maxsize=64)
 def _graph_of(config: ModelConfig, *about: Any) -> Any:
-    """The nnx graph definition of a transformer, without any array."""
+    """Return the nnx graph definition of a transformer, without any array."""
     made = nnx.eval_shape(lambda: Transformer(config, lambda name, shape, kind: jnp.zeros(shape), *about))
     return nnx.split(made)[0]
 
 
 def with_wide_scales(weights: Any) -> Any:
-    """Weights for a loop: on TPUs with the scales of layers' norms in float32.
+    """Return weights for a loop: on TPUs the scales of layers' norms become float32.
 
-    They are computed with in float32, and a TPU would widen each of them by a program of its own, in every step.
+    Norms are computed in float32, and a TPU would widen each scale by a program of its own, in every step.
     """
     if compiled_for().platform != "tpu":
         return weights
@@ -54,28 +54,28 @@ def with_wide_scales(weights: Any) -> Any:
 
 
 Packing = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
-"""Which kernels stay packed: their canonical names, and of each its runs of rows, (format, rows). () for none."""
+"""The kernels that stay packed: the canonical name and the runs of rows, (format, rows), of each; () for none."""
 
 
 def blank_weight(name: str, shape: tuple[int, ...], dtype: jnp.dtype, packing: Packing) -> jax.Array | Packed:
-    """Zeros in the place of a parameter, in `dtype` or as `packing` says."""
+    """Return zeros in the place of a parameter, in `dtype` or as `packing` says."""
     # All layers that share an array, as on a mesh those of all stages do, are packed alike.
     found = dict(packing).get(name.replace("*", ""))
     return jnp.zeros(shape, dtype) if found is None else blank_kernel(shape, found)
 
 
 def abstract_weights(config: ModelConfig, dtype: jnp.dtype, packing: Packing = (), layout: Staged | None = None) -> Any:
-    """Weights as jax.ShapeDtypeStruct, to compile or to plan without loading any."""
+    """Return the shapes of weights as jax.ShapeDtypeStruct, to compile or to plan without loading any."""
 
     def blank(name: str, shape: tuple[int, ...], kind: str) -> jax.Array | Packed:
         return blank_weight(name, shape, dtype, packing)
 
-    # Not flax's own eval_shape: within a user's jax.set_mesh that asks packed kernels for their dtype.
+    # flax's own eval_shape would, within a user's jax.set_mesh, ask packed kernels for their dtype.
     return jax.eval_shape(lambda: nnx.state(Transformer(config, blank, layout)))
 
 
 def canonical_weights(config: ModelConfig, weights: Any) -> dict[str, np.ndarray]:
-    """Canonical name ("embed", "layers.0.qkv", ...) -> dense array on the host, of weights on one device."""
+    """Return weights of one device as dense arrays on the host, by canonical name ("embed", "layers.0.qkv", ...)."""
     model = merge_model(config, weights)
 
     def read(name: str) -> np.ndarray:
@@ -88,7 +88,7 @@ def canonical_weights(config: ModelConfig, weights: Any) -> dict[str, np.ndarray
 
 
 def weight_bytes(config: ModelConfig, dtype: jnp.dtype, packing: Packing = ()) -> dict[str, int]:
-    """Canonical name -> bytes of every parameter."""
+    """Return the bytes of every parameter, by canonical name."""
     runs = dict(packing)
     return {
         name: kernel_bytes(shape, runs[name]) if name in runs else math.prod(shape) * dtype.itemsize

@@ -1,5 +1,4 @@
-"""One palette for terminals, notebooks and figures: green for tokens that an early exit gave, red for a late one,
-cyan for drafts."""
+"""The palette of terminals, pages and figures: green for tokens of early exits, red for late ones, cyan for drafts."""
 
 from __future__ import annotations
 
@@ -10,20 +9,20 @@ from rich.color import Color
 from dex_jax.lattice import DRAFTED
 
 PALETTE = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)
-"""256-colour codes of terminals from early (green) to late (red)."""
+"""The 256-colour codes of terminals from early (green) to late (red)."""
 
 DRAFT_CODE = 45
-"""The same (cyan) of what was drafted before any layer."""
+"""The 256-colour code of drafts (cyan)."""
 
 FINAL_HEX = "#8a93a3"
-"""The colour of tokens that the final layer or the prefill gave itself; terminals leave it plain."""
+"""The colour of tokens that the final layer or the prefill gave itself; terminals leave them plain."""
 
 PAGE = (0.47, 0.62)
-"""Lightness and saturation on a page: terminals' colours are made for black and too loud on white."""
+"""The lightness and saturation on a page, as terminals' colours are made for black and too loud on white."""
 
 
 def depth_code(exit_number: int, stages: int) -> int | None:
-    """256-colour code of a token by its exit 1..K, 0 for a draft; None for the final layer and the prefill."""
+    """Return the 256-colour code of a token by its exit 1..K, 0 for a draft; None for the final layer and prefill."""
     if exit_number == DRAFTED:
         return DRAFT_CODE
     if exit_number < 1 or exit_number >= stages:
@@ -33,7 +32,7 @@ def depth_code(exit_number: int, stages: int) -> int | None:
 
 
 def depth_style(exit_number: int, stages: int) -> str:
-    """The same as a style of the rich package; "default" for None.
+    """Return `depth_code` as a style of the rich package, "default" for None.
 
     Examples:
       >>> [depth_style(exit_number, stages=4) for exit_number in (1, 2, 3, 4)]
@@ -44,7 +43,7 @@ def depth_style(exit_number: int, stages: int) -> str:
 
 
 def depth_hex(exit_number: int, stages: int) -> str:
-    """The same as "#rrggbb" for light pages; FINAL_HEX for None."""
+    """Return `depth_code` as "#rrggbb" for light pages, FINAL_HEX for None."""
     code = depth_code(exit_number, stages)
     if code is None:
         return FINAL_HEX
@@ -53,7 +52,7 @@ def depth_hex(exit_number: int, stages: int) -> str:
 
 
 def darker(color: str) -> str:
-    """The colour of words on white, where that of lines would be pale: "#rrggbb" -> "#rrggbb"."""
+    """Darken the colour of a line, "#rrggbb", for words on white, where it would be pale."""
     hue, lightness, saturation = colorsys.rgb_to_hls(*(int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)))
     return _hex(hue, 0.72 * lightness, saturation)
 

@@ -1,4 +1,4 @@
-"""The lattice over ticks, drawn from a trace."""
+"""The figure of the lattice over ticks, drawn from a trace."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dex_jax.lattice import DRAFTED
 from dex_jax.plot.colors import FINAL_HEX, darker, depth_hex
 
 TICKS = 26
-"""The number of ticks that are drawn unless the caller says: as many as fit a page."""
+"""Number of ticks that are drawn by default, as many as fit a page."""
 
 INK, FAINT = "#22262e", "#c9ced6"
 _DEAD, _CROSS = "#e4e7ec", "#a9b0bb"
@@ -19,16 +19,16 @@ _CLIMB = 3.6  # inches
 _TICK = 0.4  # inches
 
 _Nodes = dict[int, TracedNode]
-"""By their places among the trace's nodes."""
+"""The nodes by their index in `Trace.nodes`."""
 
 
 def lattice(trace: Trace, ticks: tuple[int, int] | None = None) -> Any:
-    """Draws which nodes there were, how deep they got, and what commits and collapses did, tick by tick.
+    """Draw which nodes there were, how deep they got, and what commits and collapses did, tick by tick.
 
     Every node climbs from depth 0 by one stage a tick. Lines that lived on have the colour of the exit that first gave
     their token, which stands at their foot; pale ones died in a collapse. Where the root reaches the last depth (dot),
-    its logits decide the next token: that stands above, in the colour of its own line, which has begun to climb long
-    before if an exit was right. Dotted lines are commits.
+    its logits decide the next token: that stands above, in the colour of its own line, which began to climb earlier
+    if an exit was right. Dotted lines are commits.
 
     Args:
       trace: from `dex_jax.trace` or `dex_jax.watch`.
@@ -59,7 +59,7 @@ def lattice(trace: Trace, ticks: tuple[int, int] | None = None) -> Any:
 
 
 def _new_figure(width: float, height: float) -> Any:
-    """An empty Figure, in inches, that notebooks show: no pyplot, so nothing to close."""
+    """Make an empty Figure, in inches, that notebooks show; it is not pyplot's, so nobody has to close it."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -78,7 +78,7 @@ def _new_figure(width: float, height: float) -> Any:
 
 
 def _quieten(axes: Any) -> None:
-    """Takes away what is not read: the frame above and to the right, heavy ticks."""
+    """Hide the frame above and to the right, and make ticks faint."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(color=FAINT, labelcolor=INK, labelsize=8)
@@ -86,7 +86,7 @@ def _quieten(axes: Any) -> None:
 
 
 def _final(trace: Trace) -> TracedNode:
-    """The last token as a node: it ends the sequence and never enters the lattice."""
+    """Return the last token as a node, though it ends the sequence and never enters the lattice."""
     position = trace.nodes[0].position + len(trace.tokens) - 1
     return TracedNode(trace.tokens[-1], position, None, trace.exits[-1], trace.ticks, trace.ticks, trace.ticks)
 
@@ -127,9 +127,9 @@ def _draw_climb(axes: Any, trace: Trace, nodes: _Nodes, commits: list[TracedNode
 
 
 def _words(axes: Any, trace: Trace, path: list[TracedNode], at: tuple[float, float], above: int) -> None:
-    """The tokens of a path in the colour of its last, so many points above a point, leaning to leave neighbours room.
+    """Write the tokens of a path in the colour of its last one, `above` points over a point, leaning to save room.
 
-    A path of more than one node is drafts, which begin and land together.
+    A path of more than one node holds drafts, which begin and are committed together.
     """
     path = sorted(path, key=lambda node: node.position)
     words, color = " ".join(_label(trace, node.token) for node in path), darker(_color(path[-1], trace))

@@ -16,12 +16,12 @@ from dex_jax.plot.colors import depth_hex
 from dex_jax.plot.text import exit_names
 
 HEIGHT = 760
-"""Pixels of the page in a notebook."""
+"""Height of the page in a notebook, in pixels."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Player:
-    """One HTML page without outside resources; a notebook shows it.
+    """One HTML page without outside resources, which a notebook shows.
 
     Attributes:
       page: the page, a whole document.
@@ -30,11 +30,11 @@ class Player:
     page: str
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the page to a file, or raises a DexError and leaves what was there."""
+        """Write the page to a file, or raise DexError and leave what was there."""
         write_whole(path, self.page)
 
     def _repr_html_(self) -> str:
-        # A frame of its own: the page has scripts and styles, and notebooks run neither in what they show.
+        # In a frame, as the page has scripts and styles, and notebooks run neither in what they show.
         shown = html.escape(self.page)
         return f'<iframe srcdoc="{shown}" style="width:100%;height:{HEIGHT}px;border:0"></iframe>'
 

@@ -1,4 +1,4 @@
-"""Text coloured by the exit that first gave each token."""
+"""The text of an output, coloured by the exit that first gave each token."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _LEGEND = "font-size:85%;margin-bottom:.6em"
 
 @dataclasses.dataclass(frozen=True)
 class DepthText:
-    """Coloured text: `html` for a page, `terminal` with escape codes. A notebook shows the one, print the other.
+    """Coloured text, as HTML that a notebook shows and with escape codes that `print` shows.
 
     Attributes:
-      html: one `<div>`, legend first; a token's exit shows when the mouse is on it.
+      html: one `<div>`, legend first; the mouse on a token shows its exit.
       terminal: lines with 256-colour escape codes, legend last.
     """
 
@@ -34,7 +34,7 @@ class DepthText:
     terminal: str
 
     def svg(self, title: str = "") -> str:
-        """The same as an SVG picture of a terminal."""
+        """Return the text as an SVG picture of a terminal."""
         console = Console(record=True, file=io.StringIO(), width=COLUMNS, force_jupyter=False, highlight=False)
         *texts, names = self.terminal.splitlines()
         console.print(Text.from_ansi("\n".join([*texts, "", names])))
@@ -48,9 +48,9 @@ class DepthText:
 
 
 def depth_text(out: Output) -> DepthText:
-    """Colours every token of an output by the exit that first gave it, green for early to red for late.
+    """Colour every token of an output by the exit that first gave it, green for early to red for late.
 
-    What the final layer or the prefill gave itself stays plain. Drafted tokens have a colour of their own.
+    Tokens that the final layer or the prefill gave itself stay plain. Drafted tokens have a colour of their own.
 
     Args:
       out: from `dex_jax.generate`, any method; token ids are shown where the model has no tokenizer.

@@ -1,1 +1,1 @@
-"""Training of exit heads: data, losses, trainer."""
+"""The training of exit heads: data, losses, trainer."""

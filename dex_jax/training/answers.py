@@ -1,7 +1,7 @@
-"""Texts to learn from: what a frozen model makes of items, in large batches, kept in files of token ids.
+"""The texts to learn from, which a frozen model writes from items in large batches, in files of token ids.
 
-A folder holds about.json, which says what made the texts, and shards of SHARD texts each, in the order of the data. A
-shard follows from its number alone, so processes may add to one folder side by side, and what is there is used again.
+A folder holds about.json, which names the model and the data, and shards of SHARD texts each, in the order of the data.
+A shard follows from its number alone, so processes may add to one folder side by side, and what is there is used again.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from dex_jax.language_model import LanguageModel
 from dex_jax.training.items import Item, Turn
 
 SHARD = 64
-"""Texts in a file: some ten thousand tokens."""
+"""Number of texts in a file: some ten thousand tokens."""
 
 BATCH = 32
-"""Sequences that are answered at a time."""
+"""Number of sequences that are decoded at a time."""
 
 WAIT = 0.5
 """Seconds between two looks for a shard that another process makes."""
@@ -36,13 +36,13 @@ WAIT = 0.5
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Text:
-    """One text and what to learn of it.
+    """One text, and how much each of its tokens counts.
 
     Attributes:
       token: [n] int32.
-      weight: [n] float32, how much it counts what the model says after each token. After the last one that is what an
-        end token, or a further token of the same part, would count.
-      answer: where the part that the last turn leaves to the model begins; of a given text 1.
+      weight: [n] float32, how much predicting the token after each one counts. After the last one that is what an
+        end token, or a further token of the same turn, would count.
+      answer: index of the first token that the model wrote in the last turn; 1 in a given text.
     """
 
     token: np.ndarray
@@ -51,19 +51,19 @@ class Text:
 
     @property
     def learnt(self) -> int:
-        """The number of tokens that count."""
+        """The number of tokens with a weight above 0."""
         return int(np.sum(self.weight > 0))
 
 
 def write_texts(
     lm: LanguageModel, items: Sequence[Item], seeds: Sequence[int], heard: Callable[[], None] = lambda: None
 ) -> list[Text]:
-    """Lets the model write each item's free parts; a text does not depend on those beside it where sums do not.
+    """Let the model write the free tokens of each item; others of its batch change a text only by the order of sums.
 
     Args:
       lm: the model.
       items: at least one.
-      seeds: of each item's sampled parts.
+      seeds: of each item's sampled tokens.
       heard: called after every batch.
     """
     tokens: list[list[int]] = [[] for _ in items]
@@ -120,15 +120,15 @@ def _continued(
 
 
 class Answers:
-    """The texts of a folder, made as they are asked for.
+    """The texts of a folder, which are written when they are requested.
 
     Args:
       lm: the model.
       item: the item of each number from 0, the same at every call.
       folder: made if need be.
-      about: plain JSON, what decides the texts beside the model.
+      about: plain JSON that decides the texts beside the model.
       seed: of what the model samples.
-      heard: called after every batch that the model answers.
+      heard: called after every batch that is decoded.
 
     Raises:
       DexError: the folder holds texts of another model or other data, or cannot be written.
@@ -159,7 +159,7 @@ class Answers:
             )
 
     def at_least(self, tokens: int, tell: Callable[[int], None] = lambda there: None) -> list[Text]:
-        """The first texts, whole shards of them, of so many tokens in all; `tell` hears how many are there."""
+        """Return the first shards of texts with so many tokens in all; `tell` is called with how many are there."""
         texts: list[Text] = []
         there = 0
         for shard in self.shards():
@@ -171,7 +171,7 @@ class Answers:
         raise AssertionError("shards never end")
 
     def shards(self) -> Iterator[list[Text]]:
-        """Shard after shard without end.
+        """Yield one shard after the other without end.
 
         Raises:
           DexError: the first one holds nothing to learn from.
@@ -180,7 +180,7 @@ class Answers:
         while True:
             file = self._file(number)
             if not file.is_file() and not self._made(number):
-                # Another process makes this one: meanwhile one of those that come next.
+                # Another process makes this one: meanwhile this one makes a later shard.
                 ahead = max(ahead, number) + 1
                 if not self._made(ahead):
                     time.sleep(WAIT)
@@ -195,7 +195,7 @@ class Answers:
         return self.folder / f"{number:06}.npz"
 
     def _made(self, number: int) -> bool:
-        """Make a shard unless it is there, and say whether it is there now: not if another process makes it."""
+        """Make a shard unless it is there, and return whether it is there now: not if another process makes it."""
         with (self.folder / f"{number:06}.lock").open("w") as opened:
             try:
                 lock(opened)

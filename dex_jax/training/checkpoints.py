@@ -1,7 +1,7 @@
-"""Checkpoints of a training run, by orbax: each is a folder, there whole or not at all, whatever kills the run.
+"""The checkpoints of a training run, by orbax: each is a folder, whole or not there at all, whatever kills the run.
 
-One holds "params", of the task, "rest", what else an update changes, and a "record", plain JSON: "step" and "tokens" so
-far, the "config" of the run, the "task" with its "settings", the backbone's "fingerprint".
+One holds the "params" of the task, the "rest" that an update changes, and a "record" in plain JSON: "step", "tokens"
+and "seconds" so far, the "config" of the run, the "task" with its "settings", the backbone's "fingerprint".
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Record = dict[str, Any]
 
 
 class Checkpoints:
-    """The newest `keep` of a run's folder, which one process writes at a time: a context, left when all is written."""
+    """The newest `keep` checkpoints of a run, a context that one process enters at a time and that ends when saved."""
 
     def __init__(self, folder: str | Path, keep: int):
         self.folder, self._keep = Path(folder).absolute(), keep
@@ -44,7 +44,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # What already went wrong is what a person needs to hear.
+        # An earlier error is the one that a person needs to see.
         with self._opened, self._writing() if kind is None else contextlib.suppress(Exception):
             self._manager.close()
 
@@ -54,22 +54,22 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, params: Any, rest: Any, record: Record) -> None:
-        """Starts a save, once the one before is done, and returns when all arrays are copied: they may be donated.
+        """Start a save, once the one before is done, and return when all arrays are copied, as they may be donated.
 
-        A DexError if this save or the one before cannot be written, as on a full disk.
+        Raise DexError where this save or the one before cannot be written, as on a full disk.
         """
-        # Copies: orbax reads arrays of a CPU where they lie.
+        # Copies, as orbax reads arrays of a CPU in place.
         arrays = (ocp.args.StandardSave(jax.tree.map(np.array, tree)) for tree in (params, rest))
         items = zip(("params", "rest", "record"), (*arrays, ocp.args.JsonSave(record)), strict=True)
         with self._writing():
             self._manager.save(record["step"], args=ocp.args.Composite(**dict(items)), force=True)
 
     def record(self) -> Record | None:
-        """Return the record of the newest checkpoint, None without any."""
+        """Return the record of the newest checkpoint, or None without any."""
         return None if self.newest is None else _read(self._manager, self.newest, "record", ocp.args.JsonRestore())
 
     def restore(self, **trees: Any) -> list[Any]:
-        """The newest arrays of these names, placed as what is given, none of whose values is used."""
+        """Return the newest arrays of these names, with the shapes and the placement of the given trees."""
         return [_read(self._manager, self.newest, name, ocp.args.StandardRestore(trees[name])) for name in trees]
 
     @contextlib.contextmanager
@@ -84,7 +84,7 @@ class Checkpoints:
 
 
 def read_checkpoint(folder: Path, step: int | None, shapes: Callable[[Record], Any]) -> tuple[Record, Any]:
-    """(record, parameters, whose shapes follow from it) of a checkpoint after `step` updates, None: the newest."""
+    """Return (record, parameters of the shapes for it) of the checkpoint after `step` updates, or of the newest."""
     manager = ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(create=False))
     steps = sorted(manager.all_steps())
     if not steps or step not in (None, *steps):

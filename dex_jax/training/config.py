@@ -12,37 +12,37 @@ from dex_jax.config import Positive
 from dex_jax.foreign import check_fields
 
 MAY_CHANGE = ("steps", "minutes", "keep", "checkpoint_every", "eval_every", "log_every")
-"""Fields that a resumed run may set anew: how long it goes on, and what is kept and written on the way."""
+"""Fields that a resumed run may change: how long it trains, and what it keeps and writes on the way."""
 
 
 Count = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 BelowOne = Annotated[float, Meta(ge=0, lt=1)]
-"""With a beta of 1 the optimizer never moves."""
+"""The type of beta1 and beta2: with 1 the optimizer would never move."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The length, speed and care of training. A step is one batch: forwards, backwards, an update.
+    """The settings of the optimizer, the length of a training, its checkpoints and its log; a step is one batch.
 
     Attributes:
       steps: training ends after so many steps.
-      minutes: or after so many minutes of this process and those that it goes on from, whatever comes first; None for
-        no such end.
+      minutes: training ends earlier after so many minutes of this process and those that it resumes; None for no such
+        end.
       batch: rows of a batch, B.
-      learning_rate: its peak. It rises linearly over the warm-up, below a cosine to the end of training.
+      learning_rate: the peak. The rate rises linearly over the warm-up and stays below a cosine to the end of training.
       warmup_steps: steps of the warm-up.
-      final_rate: what is left of the learning rate at the end, as a share of its peak.
+      final_rate: the learning rate at the end, as a share of its peak.
       weight_decay: of AdamW, on matrices only.
       beta1, beta2, epsilon: of AdamW.
-      clip_norm: gradients of a larger global norm are scaled down to it; None never.
+      clip_norm: gradients of a larger global norm are scaled down to it; None for no clipping.
       checkpoint_every: steps between checkpoints.
-      keep: checkpoints kept; older ones are deleted.
+      keep: number of checkpoints that stay; older ones are deleted.
       eval_every: steps between evaluations; None evaluates at the end only.
       log_every: steps between lines of the journal, and of the progress where there is no terminal.
-      seed: of parameters, data and dropout.
-      dtype: of the backbone's activations. Parameters in training are always float32.
+      seed: of the initial parameters, the order of the texts and what is sampled.
+      dtype: of the frozen model. Parameters in training are always float32.
     """
 
     steps: Count = 10_000
@@ -69,7 +69,7 @@ class TrainConfig:
     def conflicts(self, earlier: Mapping[str, Any]) -> list[str]:
         """Return the fields that may not change and differ from those of an earlier training, as "name was X, is Y".
 
-        A field that they lack counts as its default.
+        A field that `earlier` lacks counts as its default.
         """
         found = []
         for field in dataclasses.fields(self):

@@ -1,4 +1,4 @@
-"""Training exit heads on what a frozen model says: the task that the trainer runs.
+"""The task that the trainer runs: it distils the final layer of a frozen model into exit heads.
 
 Letters: X exits, B rows, S tokens of a row, D width, s draft steps.
 """
@@ -34,10 +34,10 @@ class DistillationOptions:
     """The options of the distillation that trains exits.
 
     Attributes:
-      own_outputs: share of the steps in which exits that read the position before see an estimate by a deeper exit, as
+      own_outputs: share of the tokens at which exits that read the position before see an estimate by a deeper exit, as
         in the lattice, instead of the true final state, as at the root.
-      draft_steps: above 1, the one exit is a drafter at depth 0, and learns to go on from its own outputs for so many
-        tokens (`read_drafts`); `own_outputs` then says nothing.
+      draft_steps: above 1, the only exit is a drafter at depth 0 and learns to go on from its own outputs for so many
+        tokens (`read_drafts`); `own_outputs` is then unused.
     """
 
     own_outputs: float = 0.5
@@ -45,7 +45,7 @@ class DistillationOptions:
 
 
 def check_fit(exits: ExitsConfig, options: DistillationOptions) -> None:
-    """Refuses exits that cannot be trained so, with a DexError."""
+    """Raise DexError where these exits cannot be trained with these options."""
     if options.draft_steps > 1 and not exits.is_drafter:
         raise DexError(
             "draft steps need one fused exit at depth 0 without attention (kind mlp, for example), not "
@@ -54,7 +54,7 @@ def check_fit(exits: ExitsConfig, options: DistillationOptions) -> None:
 
 
 class Distillation:
-    """The task: exits of one frozen model, learnt from its states along texts.
+    """The task that trains exits of one frozen model on its hidden states along texts.
 
     Args:
       lm: the model; never changed.
@@ -62,8 +62,8 @@ class Distillation:
       vocabulary: [V'] int32 ascending token ids of the draft vocabulary; None for the full one.
       rows: batches of texts.
       options: how exits learn.
-      data: names the texts, for checkpoints.
-      evaluate: figures of exits on held-out data; None evaluates nothing.
+      data: plain JSON that names the texts, for checkpoints.
+      evaluate: measures exits on held-out data; None evaluates nothing.
       initial: exits to start from; None starts from the model's own head.
     """
 
@@ -84,7 +84,7 @@ class Distillation:
         self._rows, self._data, self._evaluate, self._initial = rows, data, evaluate, initial
 
     def settings(self) -> dict[str, Any]:
-        """Plain JSON, what decides the training beside TrainConfig: a folder is only resumed with equal settings."""
+        """Return what decides the training beside TrainConfig, as plain JSON; only equal settings resume a folder."""
         words = () if self.vocabulary is None else self.vocabulary.tolist()
         return {
             "exits": dataclasses.asdict(self.exits),
@@ -95,11 +95,11 @@ class Distillation:
         }
 
     def fingerprint(self) -> str:
-        """The name of the frozen model: checkpoints of another one are used with a warning."""
+        """Return the fingerprint of the frozen model; checkpoints of another model are used with a warning."""
         return self.lm.fingerprint
 
     def init(self, key: jax.Array) -> Any:
-        """The heads' parameters, float32."""
+        """Return the initial parameters of the heads in float32."""
         if self._initial is not None:
             return nnx.state(heads_of(self.exits, self._initial.parameters, jnp.float32))
         seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
@@ -107,7 +107,7 @@ class Distillation:
         return nnx.state(initial_heads(self.exits, model.final_scale, seed))
 
     def constants(self) -> dict[str, Any]:
-        """Frozen arrays, an argument of the update: {"weights", "vocabulary"}."""
+        """Return the frozen arrays that the update takes as an argument: {"weights", "vocabulary"}."""
         model = merge_model(self.lm.config, self.lm.weights)
         kernel, draft = model.vocabulary_kernel, None
         own = kernel.dense() if isinstance(kernel, Packed) and self.vocabulary is None else None
@@ -118,21 +118,21 @@ class Distillation:
         return {"weights": self.lm.weights, "vocabulary": Vocabulary(kernel, own, draft, self.lm.config.logit_cap)}
 
     def batch(self, step: int) -> tuple[TextRows, int]:
-        """(rows that step `step`, from 0, learns from, of the same shapes every time; how many tokens count)."""
+        """Return the rows of step `step` from 0, of the same shapes every time, and how many of their tokens count."""
         rows = self._rows.batch(step)
         return rows, int(np.sum(rows.weight > 0))
 
     def read(self, constants: dict[str, Any], batch: TextRows) -> Activations:
-        """Compute what the loss is given of a batch; it is traced under jit, and nothing in it gets a gradient."""
+        """Compute the activations that the loss needs of a batch, under jit and without gradients."""
         return read_rows(merge_model(self.lm.config, constants["weights"]), batch, self.exits.depths)
 
     def loss(
         self, params: Any, constants: dict[str, Any], batch: Activations, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Mean divergence over exits, and each exit's agreement, float32 scalars by name.
+        """Return the mean divergence over exits, and the agreement of each exit and the coverage as scalars by name.
 
-        `constants` and `batch` are what `constants` and `read` give, `key` is this step's own, `step` an int32 scalar
-        from 0.
+        `constants` and `batch` come from the methods `constants` and `read`, `key` is this step's own, `step` an int32
+        scalar from 0.
         """
         del step
         heads = nnx.merge(exit_graph(self.exits), params)
@@ -153,11 +153,11 @@ class Distillation:
         return jnp.mean(losses), dict(zip(names, agreement, strict=True)) | {"coverage": coverage}
 
     def evaluate(self, params: Any) -> dict[str, Any]:
-        """Figures on held-out data, {} without any."""
+        """Measure the exits on held-out data; {} without any."""
         return {} if self._evaluate is None else self._evaluate(self.trained(params))
 
     def decayed(self, params: Any) -> Any:
-        """Weight decay pulls maps towards zero, which is the model's own head; nothing else decays."""
+        """Return which parameters decay, a pytree of bool: only matrices, as zeros there give the model's own head."""
 
         def decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
             text = jax.tree_util.keystr(path)
@@ -166,7 +166,7 @@ class Distillation:
         return jax.tree_util.tree_map_with_path(decays, params)
 
     def trained(self, params: Any, metadata: dict[str, Any] | None = None) -> TrainedExits:
-        """Parameters in training as exits to decode with."""
+        """Return parameters in training as exits to decode with."""
         parameters = parameters_of(nnx.merge(exit_graph(self.exits), params))
         return TrainedExits(
             self.exits, parameters, self.vocabulary, self.lm.fingerprint, metadata or {}, "exits in training"
@@ -174,7 +174,7 @@ class Distillation:
 
 
 def before_each(x: jax.Array, position: jax.Array) -> jax.Array:
-    """Move [B, S, D] on by one token: each has what stood at the position before it, and a text's first has zeros."""
+    """Shift `x` [B, S, D] by one token: each gets the values of the token before it, and a text's first gets zeros."""
     shifted = jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
     return jnp.where((position <= 0)[..., None], 0, shifted)
 
@@ -182,11 +182,11 @@ def before_each(x: jax.Array, position: jax.Array) -> jax.Array:
 def read_for_training(
     heads: ExitHeads, batch: Activations, normed: jax.Array, own_outputs: float, key: jax.Array
 ) -> jax.Array:
-    """Features of every exit at every token: [X, B, S, D + 1].
+    """Return the features of every exit at every token: [X, B, S, D + 1].
 
-    For a share of the tokens (`own_outputs`) one deeper exit's estimate stands for the position before, drawn anew for
-    each; exits that are not below it see the true final state there. An estimate gets no gradient. `normed` [B, S, D]
-    is batch.final after the final norm.
+    At a share of the tokens (`own_outputs`) one exit is drawn, and exits below it see its estimate of the position
+    before instead of the true final state. An estimate gets no gradient. `normed` [B, S, D] is batch.final after the
+    final norm.
     """
     config = heads.config
     count, rows, size, width = batch.states.shape
@@ -210,11 +210,11 @@ def read_drafts(
     """Run a drafter, an exit at depth 0, at every token, and let it go on from its own outputs.
 
     At draft step s the position before is known by the features of draft step s - 1 there, the true final state only at
-    step 1; the tokens in between are right, as those that matter are. (The idea of training on several steps of one's
-    own outputs: EAGLE-3, arXiv 2503.01840, section 3.1.) `normed` [B, S, D] is batch.final after the final norm.
+    step 1; the tokens in between are the text's, as drafts after a wrong token do not matter. EAGLE-3 has the idea of
+    several steps (arXiv 2503.01840, section 3.1). `normed` [B, S, D] is batch.final after the final norm.
 
     Returns:
-      (features [s, B, S, D + 1], valid [s, B, S] bool: whether the text reaches back far enough).
+      (features [s, B, S, D + 1], valid [s, B, S] bool: whether the text reaches back far enough for the step).
     """
     _, rows, size, width = batch.states.shape
     state = batch.states[0].reshape(1, rows * size, width)
@@ -229,7 +229,7 @@ def read_drafts(
 
 
 def _estimates(base: jax.Array, batch: Activations, own_outputs: float, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(which exits see an estimate [X, B, S], the estimate [B, S, D]), from what the heads' base gives."""
+    """Return (which exits see an estimate [X, B, S], the estimate [B, S, D]) from the heads' `base` of the states."""
     count, rows, size, width = batch.states.shape
     base = jax.lax.stop_gradient(base).reshape(count, rows, size, width)
     draw, which = jax.random.split(key)
@@ -243,7 +243,7 @@ def _estimates(base: jax.Array, batch: Activations, own_outputs: float, key: jax
 def _contexts(
     heads: ExitHeads, batch: Activations, truth: jax.Array, estimate: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The context layer at every token, with the true position before and with its estimate: two of [B, S, D].
+    """Run the context layer at every token, with the true position before and with its estimate: two of [B, S, D].
 
     With an estimate the last few positions are not visible, as they are not committed yet.
     """
@@ -266,7 +266,7 @@ def _contexts(
 
 
 def draft_vocabulary(lm: LanguageModel, texts: Sequence[Text], size: int) -> np.ndarray:
-    """The `size` tokens that texts most often go on with where something is learnt.
+    """Return the `size` most frequent tokens of the texts, weighted by how much predicting them counts.
 
     Returns:
       [V'] int32, ascending. EOS tokens are always among them; of equally frequent tokens the lower ids come first.

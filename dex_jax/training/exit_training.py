@@ -48,15 +48,15 @@ class ExitTraining:
 
     Attributes:
       model: as `dex_jax.load` takes it.
-      exits: shapes of the heads; the width and the epsilon are the model's, whatever stands there.
+      exits: shapes of the heads; the width and the epsilon are always the model's.
       data: sources as `training.sources.open_mixture` reads them.
       sources: how items are made of them; `length` is the longest item, and a row's tokens.
-      tokens: in all texts, prompts among them; each text is read as often as there are steps for. None: so many that
-        each is read once.
+      tokens: number of tokens in all texts, prompts among them, which are read again while there are steps; None for
+        so many that each is read once.
       options: how exits learn.
-      evaluation_texts: held-out answers per source that figures are taken from.
-      evaluation_tokens: of each of them.
-      train: optimizer, batch (rows), length, checkpoints.
+      evaluation_texts: number of held-out answers of each source that exits are measured on.
+      evaluation_tokens: the most tokens of each of them.
+      train: the optimizer, the batch, the length of the training and its checkpoints.
       first: a training of the same heads that comes before this one, in the folder "first" within this one's; this one
         starts from its exits. A smaller draft vocabulary there makes most of the training cheaper.
     """
@@ -87,20 +87,20 @@ def train_exits(
     answers: str | Path | None = None,
     tell: Tell = print,
 ) -> TrainedExits:
-    """Trains exits, or goes on where the folder has got to, and writes exits.safetensors there.
+    """Train exits, or resume the training in the folder, and write exits.safetensors there.
 
     Args:
-      config: what and how.
-      lm: the model, loaded, with the weights that the exits will read: packed ones too.
+      config: the settings.
+      lm: the model with the weights that it will run with, packed ones too.
       folder: of the run.
       mesh: see `training.trainer.train`.
       initial: exits to start from, of the same shapes. The size of the draft vocabulary may be another, and they may
-        stand at further depths, whose heads are left out.
+        have heads at further depths, which are left out.
       answers: the folder of the texts, which several runs and processes may share; None for one in `folder`.
       tell: called with lines that users should see.
 
     Raises:
-      DexError: data, exits or folder that do not fit.
+      DexError: data, exits or folder do not fit.
     """
     folder = Path(folder)
     if config.first is not None:
@@ -121,7 +121,7 @@ def train_exits(
     elif vocabulary is None or len(vocabulary) != shapes.draft_size:
         vocabulary = draft_vocabulary(lm, made.texts, shapes.draft_size)
     if vocabulary is not None and not any(path.name.isdigit() for path in folder.glob("*")):
-        # For `export`; once there is a checkpoint, it belongs to that.
+        # `export` reads it; once there is a checkpoint, it belongs to that.
         write_json(folder / VOCABULARY, vocabulary.tolist())
     groups = held_out_texts(config, lm, mixture, made.folder / HELD_OUT, tell)
 
@@ -152,7 +152,7 @@ class Made(NamedTuple):
 def texts_of(
     config: ExitTraining, lm: LanguageModel, mixture: Mixture, folder: Path, answers: str | Path | None
 ) -> Made:
-    """The texts that a training reads: so many that it reads each once, or config.tokens of them."""
+    """Return the texts of a training, with config.tokens tokens in all, or so many that each is read once."""
     length, train = config.sources.length, config.train
     tokens, first = config.tokens, folder / TOKENS
     if tokens is None:
@@ -181,7 +181,7 @@ def answers_of(
     answers: str | Path | None,
     heard: Callable[[], None] = lambda: None,
 ) -> Answers:
-    """The texts of a training as they are made, in `answers`, or in a folder within the run's `folder`."""
+    """Open the folder of a training's texts: `answers`, or one within the run's `folder`."""
     place = folder / "answers" if answers is None else answers
     return Answers(lm, mixture.item, place, _texts_from(config, mixture), config.train.seed, heard)
 
@@ -191,7 +191,7 @@ def _texts_from(config: ExitTraining, mixture: Mixture) -> dict[str, Any]:
 
 
 def held_out_texts(config: ExitTraining, lm: LanguageModel, mixture: Mixture, file: Path, tell: Tell) -> Groups:
-    """Prompts never trained on with the model's greedy answers, by source; made once and kept in a file."""
+    """Return prompts never trained on with the model's greedy answers, by source, which `file` holds from then on."""
     if file.is_file():
         return {name: [(p, a) for p, a in texts] for name, texts in json.loads(file.read_text()).items()}
     if config.evaluation_texts:
@@ -199,11 +199,11 @@ def held_out_texts(config: ExitTraining, lm: LanguageModel, mixture: Mixture, fi
     groups: Groups = {}
     for name, items in mixture.held_out.items():
         greedy = [_greedy(item, config.evaluation_tokens) for item in items[: config.evaluation_texts]]
-        # Not the seed of the training: what a model writes itself is held out by being sampled otherwise.
+        # Not the seed of the training: other samples are all that holds out what a model writes itself.
         seeds = [config.train.seed + 1_000_003 + number for number in range(len(greedy))]
         texts = write_texts(lm, greedy, seeds) if greedy else []
         split = [(text.token[: text.answer].tolist(), text.token[text.answer :].tolist()) for text in texts]
-        # An answer that is nothing but an EOS says nothing about exits.
+        # Exits cannot be measured on an answer that is nothing but an EOS.
         if answered := [(prompt, answer) for prompt, answer in split if answer]:
             groups[name] = answered
     write_json(file, groups)
@@ -211,7 +211,7 @@ def held_out_texts(config: ExitTraining, lm: LanguageModel, mixture: Mixture, fi
 
 
 def _greedy(item: Item, limit: int) -> Item:
-    """The item with its last answer greedy and not longer than `limit`."""
+    """Return the item with its last answer greedy and not longer than `limit`."""
     last = item.turns[-1]
     return Item((*item.turns[:-1], dataclasses.replace(last, limit=min(limit, last.limit), temperature=0.0)))
 

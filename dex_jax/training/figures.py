@@ -1,4 +1,4 @@
-"""Measure how good trained exits are on a model's answers: agreement, divergence, and the ticks that they predict.
+"""The figures of trained exits on a model's answers: agreement, divergence, and the ticks that they predict.
 
 Letters: N answer positions of all texts, X trained depths, K stages of a grid, L layers.
 """
@@ -25,7 +25,7 @@ from dex_jax.language_model import LanguageModel
 from dex_jax.tables import markdown
 
 EXPLORERS = (2, 3, 5, 6, 10)
-"""K of the even grids that an untrained head is measured on. Trained exits are on all that their depths serve."""
+"""K of the even grids that the model's own head is measured on; trained exits are on all that their depths hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +42,18 @@ class GridFigures:
 class ExitFigures:
     """Figures of trained exits over a set of texts; shares lie between 0 and 1, a token counts once.
 
-    "True" means that exits that read the position before were given its final features.
+    "True" means that exits which read the position before get its final features.
 
     Attributes:
-      texts, tokens: how many texts, and answer tokens in them up to the first EOS.
+      texts, tokens: numbers of texts, and of their answer tokens up to the first EOS.
       depths: the X trained depths.
       agreement: [X], share of answer tokens that are the exit's best token, true.
       agreement_own: (depth, previous depth, share): the same where `ExitHeads.base` at the previous depth stands in for
-        the final features; those that the grids use, none for exits that do not read the position before.
+        the final features, for all pairs that the grids use; () for exits that do not read the position before.
       divergence: [X], mean KL from the final distribution over draft vocabulary and rest, in nats, true.
-      ead: [X + 1], share of tokens by the first trained depth that gives them, the last for none (L), true, no DECS.
+      ead: [X + 1], share of tokens by the first trained depth that gives them, last those of depth L; true, no DECS.
       draft_share: share of answer tokens that the draft vocabulary holds, 1 for the full one.
-      grids: one for each K whose even grid the trained depths hold.
+      grids: one for each K with an even grid that the trained depths hold.
     """
 
     texts: int
@@ -67,14 +67,14 @@ class ExitFigures:
     grids: tuple[GridFigures, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers; null for what is undefined."""
+        """Return plain dicts, lists and numbers, with None for what is undefined."""
         return plain(dataclasses.asdict(self))
 
 
 def answers(lm: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int, batch: int) -> list[Text]:
-    """The model's greedy answers to prompts as `dex_jax.generate` takes them, in their order.
+    """Return the model's greedy answers to prompts, as texts in the order of the prompts.
 
-    Prompts of similar length are answered a `batch` at a time. DexError: as of `dex_jax.generate`.
+    Prompts of similar length are answered a `batch` at a time. Raise DexError where `dex_jax.generate` does.
     """
     if batch < 1:
         raise DexError(f"batch must be at least 1, not {batch}")
@@ -90,23 +90,23 @@ def answers(lm: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int, b
 
 
 def even_grids(layers: int) -> list[tuple[int, ...]]:
-    """The even grids x_1 < ... < x_K = L of EXPLORERS, as far as there are layers."""
+    """Return the even grids x_1 < ... < x_K = L of those EXPLORERS that have at least a layer each."""
     return [even_depths(k, layers) for k in EXPLORERS if k <= layers]
 
 
 def grouped_figures(
     lm: LanguageModel, exits: TrainedExits, groups: Mapping[str, Sequence[Text]], batch: int = 8
 ) -> dict[str, ExitFigures]:
-    """Figures of each named group of texts, and "mean", the mean of the groups' figures, when there are several.
+    """Measure exits on each named group of texts, and add "mean", the mean of the groups, when there are several.
 
     Args:
       lm: the model.
-      exits: at trained depths below L; even grids that these do not hold are left out.
+      exits: trained exits below L; even grids that their depths do not hold are left out.
       groups: name -> texts, (prompt, answer) of token ids each, answered greedily by the model.
       batch: B.
 
     Raises:
-      DexError: no group or an empty one, and as of `forced.force`.
+      DexError: there is no group or an empty one, or `forced.force` raises it.
     """
     if not groups or not all(groups.values()):
         raise DexError("there is nothing to measure: give at least one group, and at least one text in each")
@@ -123,7 +123,7 @@ def grouped_figures(
 
 
 def figures_of(forced: Forced) -> ExitFigures:
-    """The figures of what `forced.force` found."""
+    """Return the figures of what `forced.force` found."""
     said, count = forced.said, len(forced.target)
     right = (said.best[:, :, 0] == forced.target[:, None]).T
     depths = forced.exits.depths
@@ -147,7 +147,7 @@ def figures_of(forced: Forced) -> ExitFigures:
 
 
 def mean_figures(figures: Sequence[ExitFigures]) -> ExitFigures:
-    """The mean of each figure over several of the same exits, each counting alike; texts and tokens are added up."""
+    """Return the unweighted mean of several figures of the same exits; texts and tokens are added up."""
     mean = _mean(figures)
     return dataclasses.replace(mean, texts=sum(f.texts for f in figures), tokens=sum(f.tokens for f in figures))
 
@@ -176,7 +176,7 @@ def _mean(values: Sequence[Any]) -> Any:
 
 
 def tables(groups: Mapping[str, ExitFigures]) -> str:
-    """Figures of groups as markdown, readable as it is: one table by depth, one by K, then what holds for all exits."""
+    """Format the figures of groups as markdown: tables by depth and by K, then a line on all exits."""
     return "\n\n".join(f"**{name}**\n\n{_group_tables(figures)}" for name, figures in groups.items())
 
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: what a training run measured, one JSON object a line, whole after any kill."""
+"""The file metrics.jsonl of a training run's figures, one JSON object a line, whole after any kill."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILE_NAME = "metrics.jsonl"
 
 
 class Journal:
-    """Appends to the journal of a run.
+    """The journal of a run, open for further lines.
 
     Args:
       folder: of the run.
@@ -34,7 +34,7 @@ class Journal:
             raise DexError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
     def write(self, kind: str, step: int, figures: dict[str, Any]) -> None:
-        """Appends {"kind", "step", **figures}, null where not finite. DexError: writing fails, as on a full disk."""
+        """Append {"kind", "step", **figures} with null where not finite; raise DexError where writing fails."""
         line = json.dumps(plain({"kind": kind, "step": step, **figures}), allow_nan=False) + "\n"
         try:
             self._file.write(line.encode())
@@ -46,12 +46,12 @@ class Journal:
             ) from error
 
     def close(self) -> None:
-        """Ends writing."""
+        """Close the file."""
         self._file.close()
 
 
 def read_journal(folder: str | Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's journal, in order; none if there is no journal."""
+    """Return all whole lines of a run's journal, in order; none if there is no journal."""
     path = Path(folder) / FILE_NAME
     if not path.exists():
         return []
@@ -60,7 +60,7 @@ def read_journal(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _end_of_lines(data: bytes, step: float) -> int:
-    """Length in bytes of the whole lines up to and including `step`."""
+    """Return the length in bytes of the whole lines up to and including `step`."""
     end = 0
     for line in data.splitlines(keepends=True):
         try:

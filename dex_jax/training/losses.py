@@ -1,7 +1,7 @@
-"""Distillation of the final distribution into exits, without ever holding [tokens, exits, vocabulary].
+"""The loss that distils the final distribution into exits, without holding logits [tokens, exits, vocabulary].
 
 The loss of an exit is the forward KL divergence from the final distribution, over the draft vocabulary and one bucket
-for all other tokens (which is what is left when distributions are coarsened so).
+for all other tokens.
 
 Letters: X exits, N tokens, D width, V vocabulary, V' draft vocabulary.
 """
@@ -16,18 +16,18 @@ from dex_jax.nn.layers import linear
 from dex_jax.nn.targets import Vocabulary, targets
 
 BLOCK = 512
-"""Tokens whose logits exist at one time."""
+"""Number of tokens that have logits at one time."""
 
 
 def exit_losses(
     features: jax.Array, final: jax.Array, weight: jax.Array, vocabulary: Vocabulary
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Divergence of every exit from the final layer.
+    """Compute the divergence of every exit from the final layer.
 
-    Only features get a gradient: the unembedding and the final layer are the frozen model's.
+    Only features get a gradient, as the unembedding and the final layer belong to the frozen model.
 
     Args:
-      features: [X, N, D + 1], as ExitHeads.features.
+      features: [X, N, D + 1], from ExitHeads.features.
       final: [N, D], features after the final norm at depth L.
       weight: [N] or [X, N] float32, how much each token counts, for all exits or for each.
       vocabulary: of the exits.
@@ -66,7 +66,7 @@ def _block_losses(features, final, weight, vocabulary):
 
 
 def _forward(features: jax.Array, final: jax.Array, weight: jax.Array, vocabulary: Vocabulary):
-    """One pass over the logits: ((loss [X], agree [X], covered), gradient of the losses [X, n, D + 1])."""
+    """Run one pass over the logits: ((loss [X], agree [X], covered), gradient of the losses [X, n, D + 1])."""
     target = targets(final, vocabulary)
     unembed = vocabulary.unembed if vocabulary.draft_unembed is None else vocabulary.draft_unembed
     width = unembed.shape[0]

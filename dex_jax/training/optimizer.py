@@ -1,4 +1,4 @@
-"""AdamW with clipping, and its learning rate."""
+"""The optimizer, AdamW with clipping, and its learning rate."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dex_jax.training.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int, share: float) -> float:
-    """The rate of the step after so many, when a `share` of the training is done.
+    """Return the learning rate after `step` steps, when a `share` of the training is done.
 
-    It rises to the peak over the warm-up, and never above a cosine from the peak down to its final share.
+    It rises to the peak over the warm-up, and is at most a cosine from the peak down to its final share.
     """
     risen = 1.0 if step >= config.warmup_steps else step / config.warmup_steps
     fallen = config.final_rate + (1 - config.final_rate) * (1 + math.cos(math.pi * share)) / 2
@@ -21,7 +21,7 @@ def learning_rate(config: TrainConfig, step: int, share: float) -> float:
 
 
 def make_optimizer(config: TrainConfig, decayed: Any) -> optax.GradientTransformation:
-    """Gradients -> updates at a learning rate of 1, which the trainer scales.
+    """Make the optimizer, with a learning rate of 1, as the trainer scales its updates.
 
     `decayed`, a pytree of bool like the parameters, says what weight decay applies to.
     """

@@ -1,4 +1,4 @@
-"""Rows of texts: how they are packed and shuffled, and the one teacher-forced pass of the model over them.
+"""The rows that texts are packed into and shuffled, and the teacher-forced pass of the model over them.
 
 Letters: B rows, S tokens of a row, X trained depths, D width.
 """
@@ -17,24 +17,24 @@ from dex_jax.nn.transformer import Transformer
 from dex_jax.training.answers import Text
 
 NOTHING = -1
-"""Stands for token and position where a row has no text."""
+"""The token and the position where a row has no text."""
 
 TOGETHER = 256
-"""Texts that fill rows with one another."""
+"""Number of texts that are packed into rows together."""
 
 
 class TextRows(NamedTuple):
-    """Texts one behind the other in rows of S tokens."""
+    """Texts, one after the other, in rows of S tokens."""
 
     token: np.ndarray | jax.Array  # [B, S] int32, NOTHING where there is none
     position: np.ndarray | jax.Array  # [B, S] int32, within its text, from 0; NOTHING where there is none
-    weight: np.ndarray | jax.Array  # [B, S] float32, how much what is said after a token counts; 0 where there is none
+    weight: np.ndarray | jax.Array  # [B, S] float32, how much predicting the next token counts; 0 where there is none
 
 
 class Activations(NamedTuple):
-    """The model's states along rows of texts.
+    """The hidden states of the model along rows of texts.
 
-    Steps i and j < i of a row belong to the same text iff position[i] >= 0 and position[i] - position[j] == i - j.
+    Tokens i and j < i of a row belong to the same text iff position[i] >= 0 and position[i] - position[j] == i - j.
     """
 
     states: jax.Array  # [X, B, S, D], hidden states at the trained depths, in the model's dtype
@@ -62,7 +62,7 @@ class Epochs:
         self._epoch = -1
 
     def batch(self, number: int) -> TextRows:
-        """The batch of any number from 0; the same at every call."""
+        """Return the batch of a number from 0, the same at every call."""
         epoch = max(i for i, begin in enumerate(self._begins) if begin <= number)
         while True:
             if self._epoch != epoch:
@@ -78,7 +78,7 @@ class Epochs:
         return self._filled([*rows, *[[]] * (self._batch - len(rows))])
 
     def _packed(self, epoch: int) -> list[list[int]]:
-        """Numbers of the texts in each row: the longest of some first, each into the first row with room."""
+        """Pack each text into the first row with room, the longest of TOGETHER first: the texts' numbers by row."""
         rng = np.random.default_rng([self._seed, epoch])
         order, rows = rng.permutation(len(self._texts)), []
         for first in range(0, len(order), TOGETHER):

@@ -1,7 +1,7 @@
 """The sources of the items to learn from: what the model writes itself, prompts, given texts, and mixtures.
 
 Every source is a sequence without end that is the same in every run: item i follows from i and a seed alone, so a
-position in the data is one number. Letters: S longest item.
+position in the data is one number. Letters: S tokens of the longest item.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ SHORTEST_ANSWER = 16
 """A prompt that leaves no room for this many tokens of answer is skipped."""
 
 PROMPT_TEMPERATURE, PROMPT_TOP_P = 1.0, 0.95
-"""The temperature and top-p of prompts that the model writes itself, and of a base model's texts."""
+"""The temperature and top-p of prompts that the model writes itself, and of texts without a chat template."""
 
 HELD_OUT_SHARE = 0.02
 
 _MARK = "dexmarker"
 
 BLOCK = 256
-"""A mixture keeps its shares in every BLOCK items."""
+"""Number of items over which a mixture keeps its shares."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,9 @@ class SourceOptions:
       seed: of shuffles and choices between kinds of items.
       answer_limit: most tokens of an answer, which is greedy.
       prompt_limit: most tokens of a prompt that the model writes itself.
-      starts: such prompts begin with one of these texts each, "" among them for nothing.
-      prompt_weight: how much a step counts whose next token belongs to a prompt. Steps of given texts count 1.
-      held_out_least: so many prompts of a source at least are never trained on, HELD_OUT_SHARE of them if that is more,
+      starts: texts that such prompts begin with, one of them each; "" for none.
+      prompt_weight: how much predicting a token of a prompt counts. Tokens of given texts count 1.
+      held_out_least: at least so many prompts of a source are never trained on, HELD_OUT_SHARE of them if that is more,
         and half of them at most.
     """
 
@@ -63,9 +63,9 @@ class SourceOptions:
 
 
 class SelfSource:
-    """The model writes prompts and answers them; a model without chat template writes texts after its BOS.
+    """A source of prompts that the model writes and answers, or of texts after its BOS if it has no chat template.
 
-    Held-out items have the same scripts: what sets them apart is the sampling, so run them with another seed.
+    Held-out items have the same scripts and differ by what is sampled, so run them with another seed.
 
     Raises:
       DexError: the chat template leaves no room in S, hides the user's text, or there is no token to begin with.
@@ -97,12 +97,12 @@ class SelfSource:
         return prompt, Turn(rest, min(o.answer_limit, room - limit), forced_weight=o.prompt_weight)
 
     def item(self, number: int) -> Item:
-        """One of the starts, drawn with the seed and the number."""
+        """Return the item of one of the starts, drawn with the seed and the number."""
         return Item(self._scripts[int(_random(self._options, number, "start") * len(self._scripts))])
 
     @property
     def held_out(self) -> list[Item]:
-        """The held-out items, as many as for other sources at least."""
+        """The held-out items, `held_out_least` of them."""
         return [self.item(number) for number in range(self._options.held_out_least)]
 
     @property
@@ -112,7 +112,7 @@ class SelfSource:
 
 
 class ListSource:
-    """Entries of a list, each once an epoch, shuffled anew for every epoch.
+    """A source of the entries of a list, each once an epoch, shuffled anew for every epoch.
 
     Args:
       name: what users write.
@@ -146,7 +146,7 @@ class ListSource:
             raise DexError(f"{name} has nothing left to train on beside what is held out: give it more prompts")
 
     def item(self, number: int) -> Item:
-        """The entry of that place in the shuffled epochs, or the next not too long. DexError: all are too long."""
+        """Return the item at that place in the shuffled epochs, or the next that fits; raise DexError if none fits."""
         count = len(self._entries)
         epoch, place = divmod(number, count)
         order = self._order(epoch)
@@ -162,7 +162,7 @@ class ListSource:
 
     @property
     def held_out(self) -> list[Item]:
-        """Held-out entries that are not too long."""
+        """The items of held-out entries that are not too long."""
         made = [self._make(entry, number) for number, entry in enumerate(self._held_out)]
         return [item for item in made if item is not None]
 
@@ -171,9 +171,9 @@ class ListSource:
 
 
 class Mixture:
-    """Several sources in given shares of the items; itself a sequence of items without end.
+    """A sequence of items without end from several sources in given shares.
 
-    `weights` are relative shares, one a source; `seed` is of the order in which sources take turns.
+    `weights` are relative shares, one a source; `seed` decides the order in which sources take turns.
 
     Raises:
       DexError: no sources, equal names, or weights that are missing or not above 0.
@@ -192,7 +192,7 @@ class Mixture:
         self._block = functools.lru_cache(maxsize=4)(self._make_block)
 
     def item(self, number: int) -> Item:
-        """The item of any number from 0; the same at every call."""
+        """Return the item of a number from 0, the same at every call."""
         block, within = divmod(number, BLOCK)
         turns, ranks = self._block(block)
         source = int(turns[within])
@@ -200,11 +200,11 @@ class Mixture:
 
     @property
     def held_out(self) -> dict[str, list[Item]]:
-        """Items never trained on, by the name of their source."""
+        """The items that are never trained on, by the name of their source."""
         return {source.name: source.held_out for source in self.sources}
 
     def fingerprint(self) -> str:
-        """Short hexadecimal digest of the data, their shares and their order."""
+        """Return a short hexadecimal digest of the data, their shares and their order."""
         parts = [(source.name, source.digest, count) for source, count in zip(self.sources, self._counts, strict=True)]
         return digest_of(json.dumps([parts, self._seed]))[:16]
 
@@ -218,14 +218,14 @@ class Mixture:
 
 
 def open_mixture(data: Sequence[str], model: Model, options: SourceOptions, tell: Callable[[str], None]) -> Mixture:
-    """The mixture that users ask for with --data, in the tokens of a model; `tell` hears what they should know.
+    """Open the mixture that --data names, in the tokens of a model; `tell` is called with what users should know.
 
-    `data` has of each source "self", FILE (.jsonl, .json, .txt, also with .gz: prompts), "text:FILE" (given texts),
-    "datasets:NAME[:CONFIG][:SPLIT]" or "python-stdlib", with
-    "=WEIGHT" after it or the weight 1. Prompts held out of one source are held out of all.
+    `data` names each source: "self", FILE (.jsonl, .json, .txt, also with .gz: prompts), "text:FILE" (given texts),
+    "datasets:NAME[:CONFIG][:SPLIT]" or "python-stdlib", with "=WEIGHT" after it or the weight 1. Prompts held out of
+    one source are held out of all.
 
     Raises:
-      DexError: data that are not understood, cannot be read, or do not fit.
+      DexError: a source is not understood, cannot be read, or does not fit the model.
     """
     specs = [parse_data(text) for text in data]
     read = {name: _read_entries(name, model, options) for name, _ in specs if name != "self"}
@@ -242,23 +242,23 @@ def open_mixture(data: Sequence[str], model: Model, options: SourceOptions, tell
         sources.append(ListSource(name, read[name], make, held_out, options.seed, tell))
     mixture = Mixture(sources, [weight for _, weight in specs], options.seed)
     for source in sources:
-        source.item(0)  # what cannot be encoded at all is better said now
+        source.item(0)  # raises now, before the training, where nothing can be encoded
     return mixture
 
 
 def parse_data(text: str) -> tuple[str, float]:
-    """ "NAME[=WEIGHT]" -> (name, weight)."""
+    """Split "NAME[=WEIGHT]" into (name, weight), with the weight 1 by default."""
     found = re.fullmatch(r"(.+)=([0-9]*\.?[0-9]+)", text)
     return (found[1], float(found[2])) if found else (text, 1.0)
 
 
 def entry_digest(entry: Any) -> str:
-    """Digest of a prompt (text or messages) or of a window of tokens: what the held-out split goes by."""
+    """Return the digest of a prompt (text or messages) or a window of tokens, which decides whether it is held out."""
     return digest_of(entry if isinstance(entry, str) else json.dumps(entry, sort_keys=True))
 
 
 def held_out_digests(entries: Sequence[Any], least: int) -> list[str]:
-    """The smallest digests of the entries, so that what is held out hangs on the prompts alone."""
+    """Return the smallest digests of the entries, so that the held-out split depends on the prompts alone."""
     digests = sorted({entry_digest(entry) for entry in entries})
     return digests[: min(max(least, math.ceil(HELD_OUT_SHARE * len(digests))), len(digests) // 2)]
 
@@ -280,7 +280,7 @@ def _encoded(texts: Sequence[str], model: Model) -> list[list[int]]:
 
 
 def _windows(texts: Sequence[list[int]], model: Model, length: int) -> list[tuple[int, ...]]:
-    """Windows of at most `length` tokens that cover all texts, each after what the tokenizer puts before a sequence."""
+    """Cut texts into windows of at most `length` tokens, each after what the tokenizer puts before a sequence."""
     before = [] if model.tokenizer is None else model.tokenizer.encode("")
     room = length - len(before)
     windows = []
@@ -311,12 +311,12 @@ def _text_script(model: Model, options: SourceOptions) -> tuple[Turn, ...]:
 
 
 def _random(options: SourceOptions, number: int, purpose: str) -> float:
-    """A number in [0, 1) of the seed, the item and the purpose."""
+    """Draw a number in [0, 1) that the seed, the item and the purpose decide."""
     return int(digest_of(f"{options.seed} {number} {purpose}")[:13], 16) / 16**13
 
 
 def digest_of(text: str) -> str:
-    """Hexadecimal SHA-256."""
+    """Return the hexadecimal SHA-256 of a text."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 

@@ -1,7 +1,7 @@
-"""A training of so many minutes without a configuration: what it chooses by itself, and what it brought by the clock.
+"""A training of so many minutes without a configuration: the choices that it makes, and the speedup that it brings.
 
 A part of the time goes into texts, the rest into learning from them, and the last minutes into decoding prompts kept
-aside. budget.json in the run's folder holds what was chosen, so that the same command goes on after a kill.
+aside. The choices are in budget.json in the run's folder, so that the same command goes on after a kill.
 """
 
 from __future__ import annotations
@@ -41,54 +41,54 @@ from dex_jax.training.trainer import train
 BUDGET, ASIDE = "budget.json", "kept_aside.json"
 
 DATA = ("self=0.6", "python-stdlib=0.4")
-"""The prompts when nobody names any: nothing has to be downloaded."""
+"""The sources by default, which need no download."""
 
 STARTS = ("", "Write a Python function", "Explain", "What is", "How do I", "Solve this problem:", "Write a story")
 
 LENGTH = 256
-"""Tokens of a row, and of the longest text."""
+"""Number of tokens of a row, and of the longest text."""
 
 EPOCHS = 2
-"""Each text should be read so often. A usual number; it was not measured."""
+"""Number of times that each text is trained on. It is a usual number and was not measured."""
 
 COMPARING, LONGEST_COMPARISON = 0.1, 240.0
-"""The share of the time, and the most seconds, for decoding what was kept aside."""
+"""The share of the time, and the most seconds, for decoding the prompts kept aside."""
 
 COMPILING = 3.0
-"""The comparison's programs are given so many times as long to compile as those that wrote texts took."""
+"""The time reserved to compile for the comparison, in multiples of what compiling took for the texts."""
 
 FEWEST_COMPARED = 4
-"""So many prompts are compared however long it takes."""
+"""Number of prompts that are compared however long it takes."""
 
 STEPS = 1500
-"""A batch doubles as long as there are twice as many steps as this."""
+"""The batch doubles while there are more than twice as many steps as this."""
 
 ROWS, MOST_ROWS = 4, 64
 """The smallest and the largest batch."""
 
 LARGEST_VOCABULARY = 8192
-"""The most tokens of a draft vocabulary: those of the drafter that ships."""
+"""The most tokens of a draft vocabulary, as many as the drafter that ships has."""
 
 FASTER = 1.03
-"""A recommended way is faster by this factor than those that need less. Smaller differences are the clock's."""
+"""Factor by which a recommended way is faster than those that need less. Smaller differences are noise."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """The choices of a run, made once and kept, as a training that goes on must not choose anew."""
+    """The choices of a run, which are saved, as a resumed training must not choose again."""
 
-    seconds: float = 0.0  # that went by before training began, or so far
-    tokens: int = 0  # of the texts; 0 while they are being written, and nothing is chosen
+    seconds: float = 0.0  # spent before training began, or so far
+    tokens: int = 0  # of the texts; 0 while they are being written and nothing is chosen
     batch: int = 0  # rows
     draft_size: int = 0
     warmup_steps: int = 0
     checkpoint_every: int = 0  # steps, about a minute
-    compiling: float = 0.0  # seconds that the programs of the comparison should take to compile
+    compiling: float = 0.0  # seconds left to compile the programs of the comparison
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One way to decode the prompts kept aside: medians over them."""
+    """The figures of one way to decode the prompts kept aside, as medians over them."""
 
     name: str
     tokens_per_tick: float
@@ -108,25 +108,27 @@ def train_for(
     answers: str | Path | None = None,
     tell: Tell = print,
 ) -> list[Way]:
-    """Trains a drafter, or exits for some explorers, in so many minutes; exits.safetensors is in the folder then.
+    """Train a drafter, or exits for `explorers` explorers, in so many minutes and write exits.safetensors.
 
-    Called again it goes on where the folder has got to; more minutes than before make it go on for longer.
+    A second call resumes the folder, for longer if it has more minutes.
 
     Args:
       lm: the model, loaded with the weights that it will run with.
       minutes: for all of it, compiling included.
       folder: of the run.
-      explorers: K of the even grid whose exits are trained; None trains a drafter.
-      data: as of ExitTraining.
-      given: fields of TrainConfig that are not to be chosen here: batch, learning_rate, seed.
-      mesh, answers, tell: as of `train_exits`.
+      explorers: K of the even grid that exits are trained for; None trains a drafter.
+      data: sources, see ExitTraining.
+      given: fields of TrainConfig that are not chosen here: batch, learning_rate, seed, dtype.
+      mesh: see `training.trainer.train`.
+      answers: see `train_exits`.
+      tell: called with lines that users should see.
 
     Returns:
-      The ways to decode prompts kept aside, plain decoding first; none for exits, which no single device shows, and
-      where the model answers no such prompt.
+      The ways to decode prompts kept aside, plain decoding first; none for exits, as one device cannot show their
+      speedup, and none where the model answers no such prompt.
 
     Raises:
-      DexError: as of `train_exits`, or no minutes that could be enough.
+      DexError: the minutes are not enough, or `train_exits` raises it.
     """
     folder, given, fixed = Path(folder), dict(given or {}), "batch" in (given or {})
     devices = 1 if mesh is None else mesh.size
@@ -157,7 +159,7 @@ def train_for(
 
 
 def choices(lm: LanguageModel, explorers: int | None, data: Sequence[str], given: Mapping[str, Any]) -> ExitTraining:
-    """Choose what does not hang on the device: shapes, data, the learning rate. DexError: explorers that do not fit."""
+    """Choose what does not depend on the device: shapes, data, learning rate; raise DexError for a bad `explorers`."""
     layers, width = lm.config.num_layers, lm.config.width
     if explorers is not None and not 2 <= explorers <= layers:
         raise DexError(f"exits serve 2 to {layers} explorers in a model of {layers} layers, not {explorers}")
@@ -190,24 +192,24 @@ def _budget_of(folder: Path) -> Budget:
 
 
 class _Timing(NamedTuple):
-    """The means to choose what hangs on the device, and on how fast it is."""
+    """The measurements that decide what depends on the device and its speed."""
 
     config: ExitTraining
     lm: LanguageModel
     file: Path  # of the budget
     mesh: Mesh | None
     fixed: bool  # whether the size of a batch was given
-    begin: float  # of the clock, less what earlier processes spent
-    seconds: float  # of all
+    begin: float  # of the clock, minus the seconds that earlier processes spent
+    seconds: float  # of the whole run
     display: Display
 
     def say(self, what: str = "writing texts to learn from") -> None:
-        """Show what goes on, and how much of the time is left."""
+        """Show the current phase, and how much of the time is left."""
         spent = time.perf_counter() - self.begin
         self.display(Standing(what, min(1.0, spent / self.seconds), max(0.0, self.seconds - spent), True))
 
     def budget(self, kept: Answers, comparing: float) -> Budget:
-        """Write texts until the time left is what reading them EPOCHS times takes, and `comparing` seconds."""
+        """Write texts until only the time to train on them EPOCHS times, and `comparing` seconds, are left."""
         config, texts = self.config, list[Text]()
         seconds_a_token, tokens, compiled_before = 0.0, 0, compile_seconds()
         self.say()
@@ -239,7 +241,7 @@ class _Timing(NamedTuple):
         )
 
     def seconds_a_token(self, texts: Sequence[Text]) -> float:
-        """The seconds that it takes to learn from one token: a few steps of the training, thrown away."""
+        """Measure the seconds that training takes for one token, in a few steps that are thrown away."""
         config, lm = self.config, self.lm
         rows = Epochs(texts, config.train.batch, LENGTH, config.train.seed)
         vocabulary = draft_vocabulary(lm, texts, config.exits.draft_size or lm.config.vocab_size)
@@ -270,14 +272,14 @@ def _within(config: ExitTraining, budget: Budget, minutes: float, evaluation_tex
 def compare(
     lm: LanguageModel, folder: Path, prompts: Sequence[Sequence[int]], seconds: float, tokens: int = 64
 ) -> list[Way]:
-    """Decode prompts in turns: plainly, as decode.py does without what was trained, and with it.
+    """Decode prompts in turns: by AR, as decode.py does without what was trained, and with it.
 
     Args:
       lm: the model.
       folder: of the exits.
       prompts: token ids of each; at least one prompt.
-      seconds: rounds over all prompts go on for so long; there is one at least.
-      tokens: of each answer.
+      seconds: rounds over all prompts go on for so long; the first FEWEST_COMPARED prompts are always decoded.
+      tokens: the most tokens of each answer.
     """
     ways: dict[str, dict[str, Any]] = {
         "plain decoding": {"method": AR(), "exits": "shared"},
@@ -305,7 +307,7 @@ def compare(
                     break
                 share, left = 1 - max(left, 0.0) / max(seconds, 1.0), max(left, 0.0)
                 display(Standing("decoding prompts kept aside", share, left, False))
-                # Every other round goes backwards: nobody always follows the same one.
+                # Every other round goes backwards, so that no way always follows the same one.
                 for name in list(ways)[:: -1 if rounds % 2 else 1]:
                     decode(name, at)
             rounds += 1
@@ -318,7 +320,7 @@ def compare(
 
 
 def table(ways: Sequence[Way]) -> str:
-    """The figures of `compare` as markdown."""
+    """Format the figures of `compare` as markdown."""
     rows = [
         [way.name, f"{way.tokens_per_tick:.2f}", f"{way.tokens_per_second:.1f}", f"{way.over_plain:.2f}"]
         for way in ways
@@ -327,7 +329,7 @@ def table(ways: Sequence[Way]) -> str:
 
 
 def best(ways: Sequence[Way]) -> str:
-    """The name of the way to recommend: one that needs more is faster by FASTER than those that need less."""
+    """Return the name of the way to recommend: one that needs more must be faster by FASTER than those before."""
     chosen = ways[0]
     for way in ways[1:]:
         if way.over_plain > FASTER * chosen.over_plain:

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 Notify = Callable[[str | Standing], None]
 
 Params = Any
-"""A pytree of float32 arrays: what the optimizer updates."""
+"""The pytree of float32 arrays that the optimizer updates."""
 
 FIRST_WORD = 20
-"""After so many steps a line says how fast training goes and how long it will take, however rarely lines are due."""
+"""Number of steps after which a line tells the speed and the time left, even where no line is due."""
 
 
 class TrainState(NamedTuple):
@@ -63,20 +63,20 @@ def train(
     mesh: Mesh | None = None,
     notify: Notify | None = None,
 ) -> Trained:
-    """Trains a task to the end, from where its folder has got to.
+    """Train a task to the end, and resume the training that its folder holds.
 
-    Killed at any moment and called again, it ends with the same parameters, bit for bit, as if never killed.
+    Killed at any moment and called again, it ends with the same parameters, bit for bit, unless the clock ends it.
 
     Args:
-      task: what is trained; whatever has the methods of a Distillation will do.
-      config: how.
-      folder: holds checkpoints and metrics.jsonl; made if need be. A training in it goes on.
+      task: a Distillation, or anything with its methods.
+      config: the settings.
+      folder: holds checkpoints and metrics.jsonl; made if need be.
       mesh: devices of this process that the rows of a batch are spread over, with the axis "data"; None trains where
         JAX puts arrays. The figures are those of one device up to the order of sums.
       notify: called with lines of text and with a Standing after each step; None shows them on stderr.
 
     Raises:
-      DexError: the folder is another training's, the loss is no longer finite, the disk is full.
+      DexError: the folder holds another training, the loss is no longer finite, or the disk is full.
       SystemExit: with status 130, after Ctrl-C.
     """
     with contextlib.closing(Display()) as display:
@@ -92,7 +92,7 @@ def train(
         except KeyboardInterrupt:
             if run is None:
                 raise
-            # No checkpoint here: one at a step of its own would change what comes after it.
+            # No checkpoint here: a resumed journal would differ from that of a run that was never stopped.
             saved = checkpoints.newest
             where = "nothing was saved yet, so it begins anew" if saved is None else f"it goes on from step {saved}"
             tell(f"Stopped at step {run.step}. To resume, run the same command again: {where} ({folder}).")
@@ -100,7 +100,7 @@ def train(
 
 
 class _Run:
-    """One process's part of a training: made ready, then advanced step by step."""
+    """The part of a training that one process runs, step by step."""
 
     def __init__(
         self, task: Distillation, config: TrainConfig, checkpoints: Checkpoints, mesh: Mesh | None, notify: Notify
@@ -133,27 +133,27 @@ class _Run:
 
     @property
     def done(self) -> bool:
-        """Return whether the training is at its end."""
+        """True once all steps are done or the minutes are over."""
         return self.share >= 1
 
     def _spent(self) -> float:
-        """Seconds of all processes so far."""
+        """Return the seconds that all processes have spent so far."""
         return self.seconds + time.perf_counter() - self._began
 
     def _share(self) -> float:
-        """The share of the training that is done, by steps or by the clock."""
+        """Return the share of the training that is done, by steps or by the clock."""
         by_steps, minutes = self.step / self.config.steps, self.config.minutes
         return min(1.0, by_steps if minutes is None else max(by_steps, self._spent() / (60 * minutes)))
 
     def advance(self) -> None:
-        """One step and all that is due after it."""
+        """Run one step and all that is due after it."""
         batch, learnt = self.task.batch(self.step)
         self.rate = learning_rate(self.config, self.step, self.share)
         self.state, figures = self.update(
             self.state, self.constants, jax.device_put(batch, self.rows), np.float32(self.rate)
         )
         if self.figures:
-            # One step runs while the next is made: further ahead, the clock would say nothing of how far it is.
+            # Only one step runs while the next is prepared: further ahead, the clock would not show the progress.
             jax.block_until_ready(self.figures[-1])
         self.step += 1
         self.tokens += learnt
@@ -177,7 +177,7 @@ class _Run:
     def _update(
         self, state: TrainState, constants: Any, batch: Any, rate: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """The state after a step at a learning rate, and {"loss", "gradient_norm" before clipping, the task's own}."""
+        """Return the state after a step, and {"loss", "gradient_norm" before clipping, the figures of the task}."""
         key = jax.random.fold_in(state.key, state.step)
         batch = self.task.read(constants, batch)
         losses = jax.value_and_grad(self.task.loss, has_aux=True)
@@ -198,7 +198,7 @@ class _Run:
         self.journal.write("train", self.step, {**own, **means})
 
     def _means(self) -> dict[str, float]:
-        """Means over the tokens since the last line. DexError: a loss or gradient is not finite; nothing is saved."""
+        """Return means over the tokens since the last line; raise DexError where a loss or gradient is not finite."""
         figures, self.figures = jax.device_get(self.figures), []
         learnt, self.learnt = np.maximum(self.learnt, 1e-9), []
         for step, each in enumerate(figures, self.step - len(figures) + 1):
@@ -228,7 +228,7 @@ class _Run:
         self.notify(f"Resuming from step {self._of_steps(' of ')} in {self.checkpoints.folder}.{end}")
 
     def _of_steps(self, of: str) -> str:
-        """The step, and of how many where their number ends the training."""
+        """Return the step, and the number of all steps where that ends the training."""
         return f"{self.step}{of}{self.config.steps}" if self.config.minutes is None else str(self.step)
 
     def _rest(self) -> TrainState:

@@ -18,35 +18,35 @@ from studies.rivals.interface import Policy, Verified
 from studies.rivals.methods import chain_plan
 
 QUARTERS = 4
-"""Shadow tokens are counted apart by how sure the exit was: up to 1/4, up to 1/2, and so on."""
+"""Number of groups of shadow tokens by how sure the exit was: up to 1/4, up to 1/2, and so on."""
 
 PRIOR = 3.0
-"""The number of rows thought to have been seen at each exit and quarter, exits as often right as they were sure."""
+"""Number of tokens that every exit and quarter counts in advance, right as often as the exit was sure."""
 
 
 class Seen(NamedTuple):
-    """The counts of shadow tokens, older rounds counting less, and what follows from them for the next round."""
+    """The counts of shadow tokens, with less weight on older rounds, and the choice for the next round."""
 
-    rows: jax.Array  # [B] float32, how many rows were verified
-    given: jax.Array  # [B, X, QUARTERS] float32, how many tokens each exit gave
-    right: jax.Array  # [B, X, QUARTERS] float32, how many of them were right
-    open: jax.Array  # [B, X] float32, in how many rows it paid to draft
-    kept: jax.Array  # [B, X] float32, in how many of these the token was right as well
-    exit: jax.Array  # [B] int32, where to draft next
-    length: jax.Array  # [B] int32, how many tokens
-    rate: jax.Array  # [B] float32, the tokens a layer that this promises
+    rows: jax.Array  # [B] float32, number of right rows
+    given: jax.Array  # [B, X, QUARTERS] float32, number of tokens that each exit gave
+    right: jax.Array  # [B, X, QUARTERS] float32, number of those that were right
+    open: jax.Array  # [B, X] float32, number of rows in which it paid to draft
+    kept: jax.Array  # [B, X] float32, number of those in which the token was right
+    exit: jax.Array  # [B] int32, the exit that drafts next
+    length: jax.Array  # [B] int32, the number of tokens that it drafts
+    rate: jax.Array  # [B] float32, the tokens a layer that the choice promises
 
 
 @dataclasses.dataclass(frozen=True)
 class Dynamic(Policy):
-    """Drafts at the exit, and as many tokens, that promise most tokens a layer."""
+    """The policy that chooses the exit and the draft length which promise most tokens a layer."""
 
     depths: tuple[int, ...]
     decay: float
     shadows: ClassVar[bool] = True
 
     def begin(self, batch: int) -> Seen:
-        """One row in which no exit was right, so that the first round drafts nothing."""
+        """Return counts of one row in which no exit was right, so that the first round drafts nothing."""
         none = jnp.zeros((batch, len(self.depths) - 1), jnp.float32)
         apart, nowhere = jnp.zeros((*none.shape, QUARTERS), jnp.float32), jnp.zeros(batch, jnp.int32)
         rate = jnp.full(batch, 1 / self.depths[-1], jnp.float32)
@@ -96,11 +96,11 @@ class Dynamic(Policy):
         return (seen.right + PRIOR * middle) / (seen.given + PRIOR)
 
     def _price(self, seen: Seen) -> jax.Array:
-        """The tokens that the layers of one draft would bring otherwise: [B, X]."""
+        """Return the tokens that the layers of one draft would bring otherwise: [B, X]."""
         return jnp.asarray(self.depths[:-1], jnp.float32)[None] * seen.rate[:, None]
 
     def _best(self, seen: Seen) -> Seen:
-        """Exit and draft length of most tokens a layer."""
+        """Return `seen` with the exit and the draft length that promise most tokens a layer."""
         kept, opened = seen.kept / seen.rows[:, None], seen.open / seen.rows[:, None]
         depth = jnp.asarray(self.depths[:-1], jnp.float32)[None]
         tokens, layers = jnp.ones_like(kept), jnp.full_like(kept, self.depths[-1])
@@ -120,22 +120,22 @@ def _quarter(confidence: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class DEL:
-    """LayerSkip whose exit and draft length are chosen anew for every round, by what the exits would have given so far.
+    """LayerSkip that chooses its exit and draft length for each round by the tokens that exits would have given before.
 
-    Verified rows are asked at every exit ("shadow tokens"). With a the share that an exit had right, its round of g
+    Every exit gives its token for each verified row ("shadow tokens"). If an exit had the share a right, a round of g
     drafts promises (1 + a + .. + a^g) / (g d + L) tokens a layer; the best (d, g) drafts next, g = 0 among them.
 
-    The confidence rule ends a draft early: a token is drafted only if its chance of being kept, learnt from shadow
-    tokens of which the exit was as sure, is worth more than what d layers bring otherwise. Then the promise counts what
-    the rule lets through: with o the share of tokens that pass it and s of those that pass and are right, it is (1 + s
-    + .. + s^g) / (L + d (o + .. + o^g)), the same thing where all pass. The paper ends drafts by confidence too; this
-    form of the rule is the project's own.
+    The confidence rule ends a draft early: a token is drafted only if its chance of acceptance, learnt from shadow
+    tokens of like confidence, is worth more than what d layers bring otherwise. The promise then counts what passes
+    the rule: if o is the share of tokens that pass it and s that of those that pass and are right, it is (1 + s + ..
+    + s^g) / (L + d (o + .. + o^g)), the same thing where all pass. The paper ends drafts by confidence too; this form
+    of the rule is the project's own.
 
     Attributes:
       explorers: K, an even grid of exits to choose from as in Dex; 5 when neither this nor `depths` is given.
-      depths: exit depths themselves, ascending and ending at L.
+      depths: the exit depths, ascending and ending at L.
       draft_length: the largest g.
-      decay: how much a round counts less with each one after it, above 0 and at most 1.
+      decay: factor on the weight of a round with each one after it, above 0 and at most 1.
     """
 
     explorers: int | None = None
@@ -144,10 +144,10 @@ class DEL:
     decay: float = 0.98
 
     def plan_for(self, num_layers: int) -> Plan:
-        """The plan for a model of L = num_layers.
+        """Return the plan for a model of L = num_layers.
 
         Raises:
-          DexError: a decay out of range, no token to draft, or depths as Dex refuses them.
+          DexError: the decay is out of range, there is no token to draft, or Dex refuses the depths.
         """
         if not 0 < self.decay <= 1:
             raise DexError(f"DEL's decay lies above 0 and is at most 1, not {self.decay}")

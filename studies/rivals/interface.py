@@ -1,4 +1,4 @@
-"""Define what the loop of chains asks of a network and of a policy, and what it shows them.
+"""The callables that the loop of chains needs of a network and of a policy, and the arrays that it gives them.
 
 Letters: B sequences, R rows of a chain, n of them at a time, K stages, D model width, V vocabulary. Stages and exits
 are counted from 0 in code, as array indices, and from 1 in what is reported.
@@ -31,52 +31,52 @@ class ChainExits(NamedTuple):
     newest: Callable[..., jax.Array]
     # (memory, ChainRows) -> [K - 1, B R, D'], every row at every exit, as if the rows had been drafted there
     shadows: Callable[..., jax.Array]
-    # logits, vocabulary, rest: as in `interface.Exits`
+    # for logits, vocabulary and rest see dex.interface.Exits
     logits: Callable[[jax.Array], jax.Array]
     vocabulary: jax.Array | None = None
     rest: Callable[[jax.Array], jax.Array] | None = None
 
 
 class ChainNetwork(NamedTuple):
-    """A decoder whose stages run one by one."""
+    """A decoder with stages that run one by one."""
 
     vocab_size: int  # V
     depths: tuple[int, ...]  # x_1 < ... < x_K = L.
     embed: Callable[[jax.Array, jax.Array], jax.Array]  # (token [B], position [B]) -> hidden [B, D]
     # (memory, stage, hidden [B, n, D], start [B]) -> (hidden, fresh): n rows at consecutive positions through one
-    # stage; each sees the positions before `start` and the rows up to itself. Leaves of `fresh` have the rows on the
-    # last axis but one.
+    # stage; each attends to the positions before `start` and the rows up to itself. Leaves of `fresh` have the rows on
+    # the last axis but one.
     run: Callable[..., tuple[jax.Array, Any]]
-    # (memory, stage, fresh, start [B], where [B] bool) -> memory: the sequences of `where` take up n rows from `start`
-    # on; rows that are not there yet may be anything, they are written again before they are read
+    # (memory, stage, fresh, start [B], where [B] bool) -> memory: the sequences of `where` write n rows from `start`
+    # on; rows that are not there yet may be anything, as they are written again before they are read
     write: Callable[..., Any]
-    # (memory, Chunk) -> memory: for what exits remember of the committed prefix. The chunk is the rows that a round
-    # commits, whose keys and values stand where they belong already; it ends where it starts for sequences that commit
-    # nothing in this step.
+    # (memory, Chunk) -> memory, for what exits keep of the committed prefix. The chunk is the rows that a round
+    # commits, with their keys and values in place already; it ends where it starts for sequences that commit nothing
+    # in this step.
     commit: Callable[[Any, Chunk], Any]
     final: Callable[[jax.Array], jax.Array]  # hidden [M, D] -> logits [M, V] float32
     exits: ChainExits | None  # None for K = 1
 
 
 class Verified(NamedTuple):
-    """The outcome of a round; rows 0 .. length - 1 are those whose prefix is right."""
+    """The outcome of a round, in which rows 0 .. length - 1 hold right tokens."""
 
-    where: jax.Array  # [B] bool, the sequences whose round ends in this step
+    where: jax.Array  # [B] bool, the sequences that end a round in this step
     length: jax.Array  # [B] int32
     final: jax.Array  # [B, R] int32, the last layer's token after each row
-    shadow: jax.Array  # [K - 1, B, R] int32, each exit's; zeros unless the policy has `shadows`
+    shadow: jax.Array  # [K - 1, B, R] int32, each exit's token; zeros unless the policy has `shadows`
     confidence: jax.Array  # [K - 1, B, R] float32, the probability that the exit gave it
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """When to draft. This one drafts at the first exit until `draft_length` tokens wait.
+    """The rule that says when to draft; this one drafts at the first exit until `draft_length` tokens wait.
 
     A confidence is the probability of the token that an exit gives: of its softmax over logits, divided by the
     temperature and with the position's noise added where tokens are sampled, as the choice itself is made.
 
     Attributes:
-      draft_length: at most so many tokens a round, R - 1.
+      draft_length: the most tokens that a round drafts, R - 1.
     """
 
     draft_length: int
@@ -84,7 +84,7 @@ class Policy:
 
     @property
     def rows(self) -> int:
-        """R."""
+        """The number of rows of a chain, R."""
         return self.draft_length + 1
 
     def begin(self, batch: int) -> Any:
@@ -92,13 +92,13 @@ class Policy:
         return ()
 
     def asks(self, known: Any, exit_index: jax.Array, drafted: jax.Array) -> jax.Array:
-        """[B] bool: whether to ask the exit [B] that the newest row has reached, with `drafted` [B] tokens waiting."""
+        """Return [B] bool, whether to ask the exit [B] where the newest row is, with `drafted` [B] tokens waiting."""
         return drafted >= 0
 
     def drafts(self, known: Any, exit_index: jax.Array, drafted: jax.Array, confidence: jax.Array) -> jax.Array:
-        """[B] bool: whether to take the token that the exit gives with this confidence [B]; the rest as of `asks`."""
+        """Return [B] bool, whether to draft the token that the exit gives with this confidence [B]; see `asks`."""
         return confidence >= 0
 
     def learn(self, known: Any, verified: Verified) -> Any:
-        """Return what is known after a round; must not change sequences outside `verified.where`."""
+        """Return what is known after a round, unchanged for sequences outside `verified.where`."""
         return known

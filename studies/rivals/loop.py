@@ -1,9 +1,9 @@
-"""Self-speculation: a chain of rows that an exit drafts and the last layer confirms. What the rivals of DEX share.
+"""The loop of self-speculation that the rivals of DEX share: exits draft a chain of rows, the last layer confirms it.
 
 The newest row climbs stage by stage. At an exit it may draft: the exit's token becomes a new row at depth 0, and the
 old one waits there. Rows that wait run along with the newest when it passes their depth, so no layer is ever run twice
 for a row, and row i never stands above row i - 1. When the newest row reaches depth L, so have all others, and the last
-layer's tokens decide which of them stay. A policy says at which exits to draft; nothing it says changes a token.
+layer's tokens decide which of them stay. A policy decides at which exits to draft; it never changes a token.
 
 Letters: B sequences, R rows of a chain, K stages, D model width, T capacity for new tokens. Stages and exits are
 counted from 0 in code, as array indices, and from 1 in what is reported.
@@ -25,11 +25,11 @@ from studies.rivals.interface import ChainExits, ChainNetwork, ChainRows, Policy
 
 
 class ChainState(NamedTuple):
-    """All that is carried from step to step."""
+    """The state that is carried from step to step."""
 
-    tick: jax.Array  # int32, steps since the start, the same for all sequences: a stage of the newest row each
-    stage: jax.Array  # [B] int32, what the newest row runs next
-    newest: jax.Array  # [B] int32 row, and how many tokens the round has drafted
+    tick: jax.Array  # int32, steps since the start, one for all sequences: each runs a stage of the newest row
+    stage: jax.Array  # [B] int32, the stage that the newest row runs next
+    newest: jax.Array  # [B] int32, the newest row, and the number of tokens that the round has drafted
     token: jax.Array  # [B, R] int32
     drafted_at: jax.Array  # [B, R] int32, the exit 1..K-1 that gave each row but the root
     progress: jax.Array  # [B, R] int32
@@ -39,11 +39,11 @@ class ChainState(NamedTuple):
     known: Any  # the policy's own
     memory: Any  # the network's own
     noise: Noise | None  # None when greedy
-    record: Record  # what has been emitted; its `ticks` are rounds, its `counts` [B, T, 2] what was `spent` by then
+    record: Record  # its `ticks` are rounds, its `counts` [B, T, 2] what was `spent` when a token was emitted
 
     @property
     def rows(self) -> ChainRows:
-        """Return the rows of the round as the exits see them."""
+        """The rows of the round as the exits see them."""
         position = self.prefix[:, None] + jnp.arange(self.token.shape[1])[None]
         return ChainRows(self.token, position, self.progress, self.states)
 
@@ -59,7 +59,7 @@ def init(
     limits: Limits,
     sampling: Sampling | None = None,
 ) -> ChainState:
-    """The state before the first step.
+    """Return the state before the first step.
 
     Token 0, first_token [B] int32, stands at `position` [B] int32 (the prompt's length); `memory` is what its prefill
     left, with room for 2 R positions past the last token; `capacity` is T.
@@ -91,7 +91,7 @@ def init(
 def step(
     network: ChainNetwork, state: ChainState, limits: Limits, sampling: Sampling | None = None, *, policy: Policy
 ) -> ChainState:
-    """The newest row of every sequence that is not done runs one stage, and drafts, climbs on or is verified."""
+    """Run one stage of the newest row of every sequence that is not done, which then drafts, climbs or is verified."""
     last = len(network.depths) - 1
     active, stage = ~state.record.done, state.stage
     noise = make_noise(state.noise, sampling, state.prefix + state.newest + 1)
@@ -114,7 +114,7 @@ def step(
 
 
 def _run_stage(network: ChainNetwork, state: ChainState, stage: int, where: jax.Array) -> ChainState:
-    """The newest row of the sequences in `where`, and the rows that wait at its depth, through one stage."""
+    """Run one stage of the newest row of the sequences in `where`, and of the rows that wait at its depth."""
     batch, rows = state.token.shape
     first = jnp.sum(state.progress > stage, axis=1, dtype=jnp.int32)
     count = jnp.where(where, state.newest + 1 - first, 0)
@@ -161,7 +161,7 @@ class _Fixed(NamedTuple):
 
 
 def _draft(fixed: _Fixed, state: ChainState, where: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(which sequences draft [B] bool, the tokens [B] int32)."""
+    """Return (which sequences draft [B] bool, the tokens [B] int32)."""
     network, limits, sampling, policy = fixed
     exits, batch = network.exits, where.shape[0]
     if exits is None or policy.draft_length == 0:
@@ -178,7 +178,7 @@ def _draft(fixed: _Fixed, state: ChainState, where: jax.Array) -> tuple[jax.Arra
 
     nothing = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.float32)
     token, confidence = jax.lax.cond(jnp.any(asked), ask, lambda: nothing)
-    # The row of a token that ends the sequence would serve nobody: the last layer gives that token itself.
+    # The row of a token that ends the sequence would be wasted, as the last layer gives that token itself.
     ends = jnp.any(token[:, None] == limits.eos_ids[None], axis=1)
     return asked & ~ends & policy.drafts(state.known, exit_index, newest, confidence), token
 
@@ -195,7 +195,7 @@ def _proposed(
 
 
 def _verify(fixed: _Fixed, state: ChainState, where: jax.Array) -> ChainState:
-    """Emits what the last layer confirms and one token more; the sequences of `where` begin a new round."""
+    """Emit what the last layer confirms and one token more, and begin a new round of the sequences of `where`."""
     # Memory and states stay outside: a branch that returned them would copy them.
     nothing: Any = ()
     small = state._replace(memory=(), noise=None, states=nothing)
@@ -208,7 +208,7 @@ def _verify(fixed: _Fixed, state: ChainState, where: jax.Array) -> ChainState:
 
 
 def _settle(fixed: _Fixed, state: ChainState, small: ChainState, where: jax.Array) -> tuple[ChainState, jax.Array]:
-    """`_verify` without memory, noise and states, and how many rows [B] to commit."""
+    """Verify without memory, noise and states, and return how many rows [B] to commit."""
     network, limits, sampling, policy = fixed
     batch, rows = state.token.shape
     place = jnp.arange(rows)[None]
@@ -247,7 +247,7 @@ def _settle(fixed: _Fixed, state: ChainState, small: ChainState, where: jax.Arra
 
 
 def _shadows(fixed: _Fixed, state: ChainState) -> tuple[jax.Array, jax.Array]:
-    """Return what every exit gives for every row: (tokens, confidence), both [K - 1, B, R]."""
+    """Return the tokens that every exit gives for every row, and their confidence, both [K - 1, B, R]."""
     network, _, sampling, policy = fixed
     exits, stages = network.exits, len(network.depths)
     batch, rows = state.token.shape

@@ -1,4 +1,4 @@
-"""LayerSkip and AdaDecode, and the loop that they and DEL (dynamic.py) name in their plans.
+"""The methods LayerSkip and AdaDecode, and the loop that they and DEL (dynamic.py) name in their plans.
 
 Letters: B sequences, T capacity for new tokens.
 """
@@ -29,7 +29,7 @@ from studies.rivals.network import chain_network
 
 @dataclasses.dataclass(frozen=True)
 class ChainLoop(Loop):
-    """Rounds on a chain, under a policy."""
+    """The loop that runs rounds on a chain, under a policy."""
 
     policy: Policy
 
@@ -45,13 +45,13 @@ class ChainLoop(Loop):
         return lambda state: loop.step(network, state, limits, sampling, policy=self.policy)
 
     def ticks(self, exits: np.ndarray, length: int, stages: int) -> int:
-        """Rounds: each ends with a token that only exit K gave."""
+        """Return the number of rounds, which all end with a token of exit K, but for a last one that is cut."""
         if length < 2:
             return 0
         return int(np.sum(exits[1:length] == stages)) + int(exits[length - 1] != stages)
 
     def counts(self, plan: Plan, record: Any) -> dict[str, Any]:
-        """Rounds, layers run one after the other, tokens drafted and those of them accepted: [B] int32 each."""
+        """Return rounds, layers run one after the other, tokens drafted, and tokens accepted: [B] int32 each."""
         at = np.arange(record.exits.shape[1])[None]
         drafted_here = (at > 0) & (at < record.lengths[:, None]) & (record.exits < plan.stages)
         spent = np.take_along_axis(record.counts, (record.lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -64,7 +64,7 @@ def _network(model: Transformer, heads: Heads, plan: Plan) -> ChainNetwork:
 
 
 def chain_plan(method: str, depths: tuple[int, ...], policy: Policy) -> Plan:
-    """The plan of a method that drafts on a chain; a DexError for more drafts than the cache has room for."""
+    """Return the plan of a method that drafts on a chain; raise DexError if the cache has no room for the drafts."""
     whole_number(draft_length=policy.draft_length)
     if 2 * policy.rows > SPARE:
         raise DexError(f"draft_length may be {SPARE // 2 - 1} at most, not {policy.draft_length}")
@@ -74,9 +74,8 @@ def chain_plan(method: str, depths: tuple[int, ...], policy: Policy) -> Plan:
 def layer_steps(stats: Stats) -> np.ndarray:
     """Return the number of layers run one after the other since the prefill, however many rows ran in each: [B].
 
-    The one figure of depth that all methods have: AR L (n - 1); DEX ticks times the longest stage, on as many devices
-    as there are stages; LayerSkip g d + L a round, and so on. No time: it says what a device would wait for on which
-    only layers took any.
+    All methods have this figure of depth: AR L (n - 1); DEX ticks times the longest stage, on as many devices as there
+    are stages; LayerSkip g d + L a round, and so on. It is a count and no time.
     """
     if stats.ticks is None:
         return stats.counts["layer_steps"]
@@ -87,9 +86,9 @@ def layer_steps(stats: Stats) -> np.ndarray:
 class LayerSkip:
     """LayerSkip's self-speculative decoding (Elhoushi et al., arXiv 2404.16710): one exit, one draft length.
 
-    It drafts `draft_length` tokens at one exit, then runs the other layers for all of them at once. What the first
-    layers have made of the drafts is kept, so a round runs g d + L layers one after the other and emits up to g + 1
-    tokens. At the end of a sequence rounds draft no more than can still be emitted.
+    It drafts `draft_length` tokens at one exit, then runs the other layers for all of them at once. The drafts' states
+    at the exit are kept, so a round runs g d + L layers one after the other and emits up to g + 1 tokens. At the end of
+    a sequence rounds draft no more than can still be emitted.
 
     Attributes:
       exit: d, from 1 to L - 1.
@@ -105,14 +104,14 @@ class LayerSkip:
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Given ones, which are not moved to where exits are trained."""
+        """The given depths, so that they are not moved to where exits are trained."""
         return (self.exit,)
 
     def plan_for(self, num_layers: int) -> Plan:
-        """The plan for a model of L = num_layers.
+        """Return the plan for a model of L = num_layers.
 
         Raises:
-          DexError: an exit that is not below the last layer, or no token to draft.
+          DexError: the exit is not below the last layer, or there is no token to draft.
         """
         whole_number(exit=self.exit)
         if self.exit >= num_layers:
@@ -124,12 +123,12 @@ class LayerSkip:
 
 @dataclasses.dataclass(frozen=True)
 class Sure(Policy):
-    """Drafts at every exit whose confidence reaches `threshold`."""
+    """The policy that drafts at every exit with a confidence of at least `threshold`."""
 
     threshold: float
 
     def begin(self, batch: int) -> jax.Array:
-        """The threshold of every sequence, [B] float32: as an array, so that the loop is compiled alike for all."""
+        """Return the threshold of every sequence, [B] float32, as an array, so that one compiled loop serves all."""
         return jnp.full(batch, self.threshold, jnp.float32)
 
     def drafts(self, known: Any, exit_index: jax.Array, drafted: jax.Array, confidence: jax.Array) -> jax.Array:
@@ -141,16 +140,16 @@ class Sure(Policy):
 class AdaDecode:
     """AdaDecode (Wei et al., ICML 2025, arXiv 2506.03700): a token exits at the first exit that is sure of the next.
 
-    That is the first that gives it with at least `threshold`; its other layers wait. They are run together with those
-    of later tokens that pass the same depth, and at the last layer all that wait are verified: the first wrong draft
-    throws away what depends on it. A round whose drafts exit at depths e_1 .. e_g runs e_1 + .. + e_g + L layers one
-    after the other. The paper trains heads of its own; here the exits are those of DEX.
+    That is the first with a probability of at least `threshold`; the token's other layers wait. They run together with
+    those of later tokens that pass the same depth, and at the last layer all that wait are verified: the first wrong
+    draft discards those after it. A round with drafts at depths e_1 .. e_g runs e_1 + .. + e_g + L layers one after the
+    other. The paper trains heads of its own; here the exits are those of DEX.
 
     Attributes:
       explorers: K, an even grid of exits as in Dex; 5 when neither this nor `depths` is given.
-      depths: exit depths themselves, ascending and ending at L.
+      depths: the exit depths, ascending and ending at L.
       threshold: from 0 to 1, of an exit's top probability.
-      draft_length: how many tokens may wait at most.
+      draft_length: the most tokens that may wait.
 
     Examples:
       >>> plan_for(AdaDecode(depths=(6, 12, 30)), 30).rows
@@ -163,10 +162,10 @@ class AdaDecode:
     draft_length: int = 8
 
     def plan_for(self, num_layers: int) -> Plan:
-        """The plan for a model of L = num_layers.
+        """Return the plan for a model of L = num_layers.
 
         Raises:
-          DexError: a threshold that is no probability, no token to draft, or depths as Dex refuses them.
+          DexError: the threshold is no probability, there is no token to draft, or Dex refuses the depths.
         """
         if not 0 <= self.threshold <= 1:
             raise DexError(f"AdaDecode's threshold is a probability, from 0 to 1, and not {self.threshold}")

@@ -1,4 +1,4 @@
-"""The transformer and its exits as the callables of chains.
+"""The transformer and its exits as the callables that the loop of chains needs.
 
 Letters: B sequences, K stages, D model width.
 """
@@ -27,9 +27,9 @@ from studies.rivals.interface import ChainExits, ChainNetwork, ChainRows
 def chain_network(
     model: Transformer, depths: tuple[int, ...], config: ExitsConfig | None, arrays: ExitArrays | None
 ) -> ChainNetwork:
-    """The callables of `model`, cut at depths x_1 < ... < x_K = L.
+    """Return the callables of `model`, cut at depths x_1 < ... < x_K = L.
 
-    config and arrays are of trained exits at x_1 .. x_{K-1}, None for the model's own final norm and unembedding.
+    `config` and `arrays` are of trained exits at x_1 .. x_{K-1}, None for the model's own final norm and unembedding.
     """
     stages = stage_ranges(depths)
 
@@ -39,7 +39,7 @@ def chain_network(
         return run_rows(model, memory, hidden, position, causal_rows(batch, rows), start, stages[stage])
 
     def write(memory: Any, stage: int, fresh: Any, start: jax.Array, where: jax.Array) -> Any:
-        # A write may be known to come last only once every row has read.
+        # The write must come after all reads of the cache, so it depends on the last of them.
         read = jax.tree.leaves(fresh)[-1]
         return write_layers(model, memory, fresh, jnp.where(where, start, NOWHERE), stages[stage], read)
 
@@ -90,7 +90,7 @@ def _trained(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -> Cha
         above = jnp.maximum(row - 1, 0)
         waits_at = jnp.take_along_axis(rows.progress, above[:, None], axis=1)[:, 0] - 1
         parent = _state(rows, above, waits_at)
-        # The parent waits at an exit: what that exit estimates, or the last layer's own where it has got there.
+        # The parent waits at an exit, so the exit's estimate stands for it, unless the parent is committed.
         estimate = _heads_of(config, arrays, waits_at).base(parent[:, None])[:, 0]
         before = jnp.where((row == 0)[:, None], memory.exits.previous, estimate)
         context = None
@@ -120,12 +120,12 @@ def _trained(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -> Cha
 
 
 def _state(rows: ChainRows, row: jax.Array, exit_index: jax.Array) -> jax.Array:
-    """States of one row a sequence after stage `exit_index` [B]: [B, D]."""
+    """Return the states of one row a sequence after stage `exit_index` [B]: [B, D]."""
     return rows.states[exit_index, jnp.arange(row.shape[0]), row]
 
 
 def _heads_of(config: ExitsConfig, arrays: ExitArrays, exit_index: jax.Array) -> ExitHeads:
-    """The exits `exit_index` [B] as B heads, so that each sequence's own reads its own row."""
+    """Return the exits `exit_index` [B] as B heads, one for the row of each sequence."""
     batch = exit_index.shape[0]
     graph = exit_graph(dataclasses.replace(config, depths=tuple(range(1, batch + 1))))
 

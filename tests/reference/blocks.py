@@ -1,4 +1,4 @@
-"""Random blocks of weights as GGUF files have them, and what the gguf package makes of them."""
+"""Random blocks of weights as GGUF files have them, and the numbers that the gguf package reads from them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 from dex_jax.nn.blocks import FORMATS
 
 SCALES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
-"""Bytes of a block at which there is a float16; all others may be anything."""
+"""Offsets of the float16 scales in a block, by format; all other bytes may be anything."""
 
 
 def random_blocks(random: np.random.Generator, format: str, rows: int, blocks: int) -> np.ndarray:
-    """[rows, bytes] uint8 of `blocks` blocks each, whose scales are of a size with those of models."""
+    """Return [rows, bytes] uint8 with `blocks` blocks a row and scales of the size that models have."""
     _, size = FORMATS[format]
     found = random.integers(0, 256, (rows, blocks, size), np.uint8)
     for at in SCALES[format]:
@@ -21,7 +21,7 @@ def random_blocks(random: np.random.Generator, format: str, rows: int, blocks: i
 
 
 def dequantised(blocks: np.ndarray, format: str) -> np.ndarray:
-    """[rows, bytes] uint8 -> [rows, in] float32."""
+    """Return the weights [rows, in] float32 that packed `blocks` [rows, bytes] uint8 stand for."""
     columns, size = FORMATS[format]
     if not blocks.size:
         return np.zeros((blocks.shape[0], blocks.shape[1] // size * columns), np.float32)
@@ -29,7 +29,7 @@ def dequantised(blocks: np.ndarray, format: str) -> np.ndarray:
 
 
 def rounded(rows: np.ndarray) -> np.ndarray:
-    """Rows [R, in] float32 as products with packed weights take them: 16 bits in blocks of 32, [R, in] float64."""
+    """Return `rows` [R, in] float32 as products with packed weights round them, to 16 bits in blocks of 32: float64."""
     if rows.size == 0:
         return rows.astype(np.float64)
     blocks = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 32))).reshape(len(rows), -1, 32)
@@ -40,6 +40,6 @@ def rounded(rows: np.ndarray) -> np.ndarray:
 
 
 def assert_rounded_product(found: np.ndarray, rows: np.ndarray, numbers: np.ndarray) -> None:
-    """Within 1e-6 of the sum of magnitudes."""
+    """Assert that a product of rounded rows is right to 1e-6 of the sum of magnitudes."""
     wide, kernel = rounded(rows), numbers.astype(np.float64).T
     assert np.all(np.abs(found - wide @ kernel) <= 1e-6 * (np.abs(wide) @ np.abs(kernel)))

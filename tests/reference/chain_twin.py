@@ -1,7 +1,7 @@
-"""Methods that draft on a chain once more, slowly: a list of drafted tokens, one sequence at a time.
+"""A slow twin of methods that draft on a chain: a list of drafted tokens, one sequence at a time.
 
-Written from the descriptions of the methods, to be compared with the loop in studies/rivals. The model is that of the
-twin of DEX (reference.twin): logits(tokens, stage) and vocabulary(stage), and knows no cache, so nothing is left over.
+It is written from the descriptions of the methods, to be compared with the loop in studies/rivals. The model is that of
+the twin of DEX (reference.twin): it has logits(tokens, stage) and vocabulary(stage), and no cache that could be stale.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from reference.twin import Draws, final_token
 
 ONE, ALMOST_ZERO = np.float32(1), np.float32(1e-6)
 Shadow = tuple[list[int], list[float], int]
-"""The tokens that the exits give after one verified row, how sure they are, and the token of the last layer."""
+"""The tokens that the exits give after one verified row, their confidences, and the token of the last layer."""
 
 
 @dataclasses.dataclass
 class ChainRun:
-    """The outcome of a run; costs are those of all rounds up to the one that gave the last token."""
+    """The outcome of a run; its costs are those of all rounds up to the one that gave the last token."""
 
     tokens: list[int]
     exits: list[int]
@@ -30,7 +30,7 @@ class ChainRun:
 
 
 class Fixed:
-    """Drafts at every exit it comes to."""
+    """A policy that drafts at every exit it comes to."""
 
     shadows = False
 
@@ -45,7 +45,7 @@ class Fixed:
 
 
 class Sure(Fixed):
-    """Drafts where the exit is sure enough."""
+    """A policy that drafts where the exit is confident enough."""
 
     def __init__(self, threshold: float):
         self.threshold = threshold
@@ -55,7 +55,7 @@ class Sure(Fixed):
 
 
 class Dynamic(Fixed):
-    """Drafts at the exit, and as many tokens, that promise most tokens a layer; in float32, as the loop counts."""
+    """A policy of the exit and draft length that promise the most tokens a layer; in float32, as the loop counts."""
 
     shadows = True
 
@@ -102,7 +102,7 @@ class Dynamic(Fixed):
 
 
 def given(model, tokens: Sequence[int], exit_number: int, draws: Draws | None) -> tuple[int, float]:
-    """(token of an exit after `tokens`, its confidence)."""
+    """Return the token of an exit after `tokens`, and its confidence."""
     ids = list(model.vocabulary(exit_number))
     scores = model.logits(tuple(tokens), exit_number).astype(np.float32)
     if draws is not None:
@@ -125,7 +125,7 @@ def chain_run(
     eos: Sequence[int] = (),
     draws: Draws | None = None,
 ) -> ChainRun:
-    """Decodes one sequence."""
+    """Decode one sequence."""
     stages, layers, run = len(depths), np.diff([0, *depths]).tolist(), ChainRun([first], [-1])
 
     def ended() -> bool:

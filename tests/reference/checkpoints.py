@@ -1,4 +1,4 @@
-"""Small random checkpoints in Hugging Face's format, one of every covered family, written with NumPy alone.
+"""Small random checkpoints in Hugging Face's format, one of every supported family, written with NumPy alone.
 
 Each holds config.json and one or many safetensors files, bit for bit the same on every machine, so that this project's
 loader and transformers read the same file. Neither torch nor jax is needed.
@@ -37,7 +37,7 @@ _LLAMA3_ROPE = {
 def _config(
     base: dict, vocab: int, width: int, mlp: int, layers: int, heads: int, kv_heads: int | None, **more: object
 ) -> dict:
-    """The content of a config.json; without `kv_heads` the key is left out, as in the oldest Llama files."""
+    """Return the content of a config.json; without `kv_heads` the key is left out, as in the oldest Llama files."""
     shape = {
         "vocab_size": vocab,
         "hidden_size": width,
@@ -77,12 +77,12 @@ FAMILIES: dict[str, dict] = {
         _QWEN3, 139, 48, 96, 5, 4, 2,
         eos_token_id=2, tie_word_embeddings=True, head_dim=24, attention_bias=False, rope_theta=1000000.0,
     ),
-    # Its epsilon is large enough for a wrong one to show.
+    # Its epsilon is so large that a wrong one would show.
     "llama_attention_bias": _config(
         _LLAMA, 120, 48, 128, 4, 4, 2, rms_norm_eps=0.02,
         eos_token_id=2, tie_word_embeddings=False, attention_bias=True, mlp_bias=False, rope_theta=10000.0,
     ),
-    # Windows shorter than the prompts, here and below; the caps are low enough to show.
+    # Windows are shorter than the prompts, here and below; the caps are low enough to show.
     "qwen2_sliding": _config(
         _QWEN2, 131, 48, 96, 4, 4, 2, eos_token_id=2, tie_word_embeddings=True,
         use_sliding_window=True, sliding_window=9, max_window_layers=2,
@@ -140,7 +140,7 @@ FAMILIES: dict[str, dict] = {
         _of("phi3", "Phi3"), 126, 48, 96, 3, 4, 4, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
         sliding_window=11,
     ),
-    # Prompts and what follows them stay below the first 44 positions, or begin beyond them.
+    # Prompts and their new tokens stay within the first 44 positions, or begin beyond them.
     "phi4": _config(
         _of("phi3", "Phi3"), 128, 64, 96, 4, 4, 2, eos_token_id=2, pad_token_id=0, tie_word_embeddings=True,
         partial_rotary_factor=0.75, original_max_position_embeddings=44,
@@ -151,15 +151,15 @@ FAMILIES: dict[str, dict] = {
     ),
 }  # fmt: skip
 
-# Lengths of prompts, where they are not the usual ones.
+# The prompts of some families have other lengths than the usual ones.
 LENGTHS: dict[str, tuple[int, ...]] = {"phi4": (3, 9, 20, 50)}
 
-# What generation_config.json says where a family has one: transformers' generate stops at these ids as well.
+# Some families have a generation_config.json: transformers' generate stops at these ids as well.
 GENERATION_CONFIGS: dict[str, dict] = {"qwen25_untied": {"eos_token_id": [2, 34], "bos_token_id": 1}}
 
 
 def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a checkpoint, in the order of the published files."""
+    """Return name -> shape of every tensor of a checkpoint, in the order of the published files."""
     width, mlp, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim", width // heads)
     queries, keys = heads * head_dim, config.get("num_key_value_heads", heads) * head_dim
@@ -203,7 +203,7 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def checkpoint_tensors(family: str) -> dict[str, np.ndarray]:
-    """Every float32 tensor of a family's checkpoint by its published name."""
+    """Return every float32 tensor of a family's checkpoint by its published name."""
     config = FAMILIES[family]
     tensors = {name: random_tensor(family, name, shape) for name, shape in tensor_shapes(config).items()}
     if family == "llama2":
@@ -215,14 +215,14 @@ def checkpoint_tensors(family: str) -> dict[str, np.ndarray]:
 
 
 def random_tensor(family: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The float32 values of one tensor, which depend on nothing but the family, the name and the shape."""
+    """Return the float32 values of one tensor, which depend only on the family, the name and the shape."""
     seed = zlib.crc32(f"{family}/{name}".encode())
     # Raw bits: NumPy promises the same ones in every release, which it does not for normal().
     bits = np.random.PCG64(seed).random_raw(int(np.prod(shape)))
     uniform = ((bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1.0)).reshape(shape)
     unit = uniform * np.float32(3.0**0.5)
     if "norm" in name:
-        # Gemma keeps what is added to one.
+        # Gemma stores its norms' scales less one.
         one = 0.0 if FAMILIES[family]["model_type"].startswith("gemma") else 1.0
         return np.float32(one) + np.float32(0.2) * unit
     if name.endswith(".bias"):
@@ -230,7 +230,7 @@ def random_tensor(family: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if "embed_tokens" in name or "lm_head" in name:
         # Layers must outweigh the embedding they add to, or a tied model repeats its last token for ever.
         tied, kind = FAMILIES[family]["tie_word_embeddings"], FAMILIES[family]["model_type"]
-        scaled = 0.1 if kind.startswith("granite") else 0.05  # those of whom a multiple is taken
+        scaled = 0.1 if kind.startswith("granite") else 0.05  # for families that multiply the embedding
         return np.float32(scaled if kind.startswith(("gemma", "granite")) else 0.35 if tied else 0.5) * unit
     # Queries and keys are larger: attention then picks single positions, and an error in RoPE shows.
     gain = 1.6 if ("q_proj" in name or "k_proj" in name or "qkv_proj" in name) else 1.3
@@ -269,7 +269,7 @@ def _write_json(path: Path, content: dict) -> None:
 def _write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
     """Write a safetensors file: the header's length, the header in JSON, then the values one after another.
 
-    Written by hand because the safetensors package has no bfloat16 for NumPy; rounding is to nearest even.
+    The safetensors package has no bfloat16 for NumPy; here rounding is to nearest even.
     """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     blobs, offset = [], 0

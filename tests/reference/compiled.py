@@ -1,4 +1,4 @@
-"""Programs as XLA's compilers make them for devices that are not here, from shapes alone, and what their loops move."""
+"""Programs that XLA compiles from shapes alone for devices that are not here, and the bytes that their loops move."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dex_jax.nn.products import ASSUMED, Device
 
 AMOUNTS = "core_count fpus_per_core threads_per_core_limit clock_rate_ghz l2_cache_size memory_bandwidth"
 AMOUNTS = f"{AMOUNTS} shared_memory_per_core shared_memory_per_block_optin".split()
-GPUS = {  # compute capability, and these amounts of data sheets
+GPUS = {  # compute capability, then AMOUNTS from data sheets
     "t4": (7.5, 40, 64, 1024, 1.59, 4194304, 320000000000, 65536, 65536),
     "l4": (8.9, 58, 128, 1536, 2.04, 50331648, 300000000000, 102400, 101376),
     "h100": (9.0, 132, 128, 2048, 1.98, 52428800, 3350000000000, 233472, 232448),
@@ -29,15 +29,15 @@ PICKS = {"gather", "dynamic-slice", "slice"}
 
 @contextlib.contextmanager
 def assumed(name):
-    """Within it what is traced is for one of GPUS, or else for a TPU."""
+    """Trace for one of GPUS, or else for a TPU, within this context."""
     gpu, mesh = GPUS.get(name), contextlib.nullcontext()
-    if gpu is not None:  # what jax 0.12 asks when it lowers kernels for Triton
+    if gpu is not None:  # jax 0.12 asks for this device when it lowers kernels for Triton
         known = {field.name for field in dataclasses.fields(AbstractDevice)}
         about = {"device_kind": f"NVIDIA {name.upper()}", "num_cores": gpu[1], "platform": "gpu"}
         device = AbstractDevice(**{key: value for key, value in about.items() if key in known})
         mesh = jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device))
     before = ASSUMED.set(Device("tpu") if gpu is None else Device("gpu", gpu[0]))
-    jax.clear_caches()  # what was traced for one device is not for another
+    jax.clear_caches()  # what was traced for one device is wrong for another
     try:
         with mesh:
             yield
@@ -47,9 +47,9 @@ def assumed(name):
 
 
 def devices_of(name):
-    """One of GPUS, whose compiler is a plugin of JAX's, or four chips of "v5e", whose compiler is libtpu."""
+    """Return one of GPUS, which a plugin of JAX compiles for, or four chips of "v5e", which libtpu compiles for."""
     if name not in GPUS:
-        # Without these libtpu looks for a metadata server, and lets no other process compile.
+        # Without these variables libtpu looks for a metadata server, and lets no other process compile.
         about = {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}
         os.environ.update(about | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
         return topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:2x2").devices
@@ -76,7 +76,7 @@ class Instruction(NamedTuple):
     operation: str
     results: list[Array]
     operands: list[str]
-    calls: list[str]  # computations, of a loop its condition and its body
+    calls: list[str]  # names of computations; those of a loop are its condition and its body
     nbytes: int  # of results in the main memory
     line: str
 
@@ -108,7 +108,7 @@ class Hlo:
         self.loop = max(loops, key=lambda each: each.nbytes).calls[1] if loops else None
 
     def made(self, computation):
-        """(array, line) of all that it makes in the main memory, but for what lies there and is written in part.
+        """Yield (array, line) of each array made in the main memory, but for those that are written in part, in place.
 
         A TPU may keep a cache in its own memory while rows are written into it, and put it back: `moved` counts that.
         """
@@ -126,8 +126,10 @@ class Hlo:
                 yield from self.made(name)
 
     def moved(self, computation):
-        """Bytes of the main memory that it may read and write: of a choice its dearest branch, of a write in place what
-        is written, of rows that are picked those rows, of other arrays all."""
+        """Return the bytes of the main memory that a computation may read and write.
+
+        A conditional counts its dearest branch, a write in place the written part, a gather the picked rows.
+        """
         known, total = self.computations[computation], 0
         for each in known.values():
             if each.calls and each.operation != "fusion":
@@ -143,7 +145,7 @@ class Hlo:
         return total
 
     def _touched(self, each, known):
-        """Bytes that one instruction reads and writes."""
+        """Return the bytes that one instruction reads and writes."""
         operands = [known[name] for name in each.operands]
         if "operand_aliasing" in each.line:
             in_place = {array.dims for array in each.results}
@@ -161,7 +163,7 @@ class Hlo:
                 inside[user.operands[1]] for user in users if user.operation in WRITES and user.operands[0] == name
             ]
             if users and len(picked) + len(written) == len(users):
-                # Of an array that is written in place, what stays as it is counts neither as read nor as a result.
+                # The part that a write in place leaves as it is counts neither as read nor as a result.
                 total += sum(x.nbytes for x in picked) + sum(2 * x.nbytes - one.nbytes for x in written)
             else:
                 total += one.nbytes

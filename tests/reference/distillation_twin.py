@@ -1,4 +1,4 @@
-"""Slow twins of exit distillation: the loss in float64, and what each exit reads at one step of one item."""
+"""Slow twins of exit distillation: the loss in float64, and the features of each exit at one step of one item."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def losses(features, final, weight, unembed, draft, scale, cap=None) -> LossTwin:
-    """One token and one exit at a time; `draft` is a list of token ids, or None for the full vocabulary."""
+    """Compute the losses one token and exit at a time; `draft` lists token ids, or is None for the full vocabulary."""
 
     def capped(logits: np.ndarray) -> np.ndarray:
         return logits if cap is None else cap * np.tanh(logits / cap)
@@ -54,12 +54,12 @@ def losses(features, final, weight, unembed, draft, scale, cap=None) -> LossTwin
 
 
 class ItemTwin(TextTwin):
-    """One item of the stream; its tokens are `prompt`, and `answer` is empty."""
+    """One item of the training data; its tokens are `prompt`, and `answer` is empty."""
 
     def with_rest(self, depth: int, at: int, source: int | None, hidden: int) -> np.ndarray:
-        """[D + 1]: features and the logit of all tokens outside the draft vocabulary.
+        """Return [D + 1]: the features, and the logit of all tokens outside the draft vocabulary together.
 
-        Where `source` is a depth, the context layer does not see the last `hidden` positions before `at`.
+        If `source` is a depth, the context layer does not see the last `hidden` positions before `at`.
         """
         self.hidden = hidden
         out, e = self.features(depth, at, source), self.exits.depths.index(depth)

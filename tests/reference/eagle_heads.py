@@ -1,4 +1,4 @@
-"""Small random EAGLE-3 heads in all the forms that are read, for the checkpoint "llama3" of reference.checkpoints.
+"""Small random EAGLE-3 heads in every format that is read, for the checkpoint "llama3" of reference.checkpoints.
 
 They are the same on every machine; neither torch nor jax is needed.
 """
@@ -53,7 +53,7 @@ def _speculators(layer: dict[str, Any], **more: Any) -> dict[str, Any]:
     } | more
 
 
-# SafeAILab's form is what vLLM reads too; the depths are 2, L // 2 and L - 3 where none stand there.
+# vLLM reads SafeAILab's format too; the depths are 2, L // 2 and L - 3 if the config names none.
 VARIANTS: dict[str, dict[str, Any]] = {
     "safeailab": _LAYER | {"architectures": ["LlamaForCausalLM"], "draft_vocab_size": 60},
     "residual": _speculators(_LAYER, norm_before_residual=True, eagle_aux_hidden_state_layer_ids=[1, 3, 5]),
@@ -65,7 +65,7 @@ OWN_EMBEDDING = ("residual", "each_normed")
 
 
 def head_tensors(variant: str) -> dict[str, np.ndarray]:
-    """Every tensor of a head by its published name."""
+    """Return every tensor of a head by its published name."""
     config = VARIANTS[variant]
     layer = config.get("transformer_layer_config", config)
     heads, keys, d = (layer[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
@@ -97,7 +97,7 @@ def head_tensors(variant: str) -> dict[str, np.ndarray]:
         shapes["input_norm.weight"] = (count * WIDTH,)
     if variant in OWN_EMBEDDING:
         shapes["embed_tokens.weight"] = (VOCABULARY, WIDTH)
-    # As the values of reference.checkpoints depend on the name, a variant has others than the next.
+    # The values of reference.checkpoints depend on the name, so every variant has its own.
     tensors = {name: random_tensor(MODEL, f"{variant}/{name}", shape) for name, shape in shapes.items()}
     if size < VOCABULARY:
         ids = np.sort(np.argsort(np.random.PCG64(zlib.crc32(variant.encode())).random_raw(VOCABULARY))[:size])
@@ -107,13 +107,13 @@ def head_tensors(variant: str) -> dict[str, np.ndarray]:
 
 
 def depths_of(variant: str) -> tuple[int, ...]:
-    """Depths whose states a head reads."""
+    """Return the depths at which a head reads the model's states."""
     given = VARIANTS[variant].get("eagle_aux_hidden_state_layer_ids")
     return tuple(given or (2, LAYERS // 2, LAYERS - 3))
 
 
 def write_head(directory: Path, variant: str, **changes: Any) -> Path:
-    """Writes a head with some keys of its config.json changed; None takes one out."""
+    """Write a head with some keys of its config.json changed; None removes a key."""
     directory.mkdir(parents=True, exist_ok=True)
     config = {key: value for key, value in (VARIANTS[variant] | changes).items() if value is not None}
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -122,7 +122,7 @@ def write_head(directory: Path, variant: str, **changes: Any) -> Path:
 
 
 def example(variant: str) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [T + 1] of positions 0..T, what a model says at positions 0..T - 1 at the depths read [T, n D])."""
+    """Return tokens [T + 1] of positions 0..T, and a model's states [T, n D] of the n depths at positions 0..T - 1."""
     states = len(depths_of(variant)) * WIDTH
     tokens = np.random.PCG64(LENGTH).random_raw(LENGTH + 1) % np.uint64(VOCABULARY)
     return tokens.astype(np.int32), random_tensor(MODEL, f"{variant}/states", (LENGTH, states)) * 4

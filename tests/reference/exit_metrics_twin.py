@@ -12,7 +12,7 @@ import numpy as np
 from dex_jax.config import ExitsConfig
 
 TRUE = None
-"""In the place of a previous depth: the final features of the position before."""
+"""The `source` that stands for the final features of the position before, in place of a depth."""
 
 
 @dataclasses.dataclass
@@ -28,7 +28,7 @@ class TextTwin:
     embed: np.ndarray
     unembed: np.ndarray
     vocabulary: list[int]
-    hidden: int = 1  # positions before a node that its context does not see, where its parent has not finished
+    hidden: int = 1  # positions before a node that its context does not see if its parent has not finished
 
     def __post_init__(self) -> None:
         self.inputs = [*self.prompt, *self.answer[:-1]]
@@ -100,7 +100,7 @@ class TextTwin:
         return self.normed(x) * self.parameters["context.leave"]
 
     def logits(self, depth: int, i: int, source: int | None) -> tuple[dict[int, float], float]:
-        """Logit of each token of the vocabulary for answer token i, and of all others together."""
+        """Return the logit of each token of the vocabulary for answer token i, and the one of all others together."""
         key = (depth, i, source)
         if key not in self._known:
             out = self.features(depth, len(self.prompt) - 1 + i, source)
@@ -132,7 +132,7 @@ class TextTwin:
         return max((t for t in self.vocabulary if t not in masked), key=lambda t: logits[t])
 
     def first_exit(self, grid: tuple[int, ...], i: int, born_at: int) -> int:
-        """The first exit that gives answer token i at a node whose own token was born at `born_at`."""
+        """Return the first exit that gives answer token i below a node that exit `born_at` proposed."""
         children: list[int] = []
         for k in range(1, len(grid)):
             parent = k + born_at  # stages that the parent has done when its child has done k
@@ -150,5 +150,5 @@ class TextTwin:
         return exits
 
     def earliest_depth(self, i: int) -> int | None:
-        """The first trained depth whose exit gives answer token i, None if none does."""
+        """Return the first trained depth at which the exit gives answer token i, or None."""
         return next((d for d in self.exits.depths if self.best(d, i) == self.answer[i]), None)

@@ -1,4 +1,4 @@
-"""Top-k and top-p by sorting, one row at a time: what the library does without a sort."""
+"""Top-k and top-p filters that sort one row at a time, as the library does without a sort."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def filter_logits(logits: np.ndarray, top_k: int | None, top_p: float | None) -> np.ndarray:
-    """One row of float32 logits with what the filters remove at -inf; top-k first, ties with the last kept stay."""
+    """Return one row of float32 logits, removed ones at -inf; top-k comes first, ties with the last kept stay."""
     logits = np.asarray(logits, np.float32)
     if top_k is not None:
         cut = np.sort(logits)[::-1][min(top_k, len(logits)) - 1]

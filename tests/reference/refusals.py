@@ -1,4 +1,4 @@
-"""Catch the sentence with which bad input is refused."""
+"""The sentences with which bad input is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dex_jax.io.opening import open_checkpoint
 
 
 def refusal(source) -> str:
-    """The sentence with which opening a model is refused."""
+    """Return the sentence with which opening a model is refused."""
     with pytest.raises(DexError) as caught:
         open_checkpoint(str(source))
     sentence = str(caught.value)

@@ -39,7 +39,7 @@ LLAMA = ModelConfig(
     tied=True,
 )
 QWEN3 = dataclasses.replace(LLAMA, family="qwen3", tied=False, qkv_bias=True, qk_norm=True, head_dim=12)
-# Every switch that a Gemma 2 has, a window shorter than the prompts among them.
+# It sets every switch that a Gemma 2 has, with a window shorter than the prompts.
 GEMMA = dataclasses.replace(
     LLAMA,
     family="gemma2",
@@ -56,7 +56,7 @@ TWIN_LENGTH = 64
 
 
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
-    """A byte-level byte-pair tokenizer learnt from a text, of at most `vocab_size` ids."""
+    """Return a byte-level byte-pair tokenizer that is trained on a text, with at most `vocab_size` ids."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -67,12 +67,12 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
 
 
 def weights_of(lm: LanguageModel) -> dict[str, np.ndarray]:
-    """Weights by canonical name."""
+    """Return the weights of a model by canonical name."""
     return canonical_weights(lm.config, lm.weights)
 
 
 class LetterTokenizer:
-    """One letter a token; the last ids of the vocabulary are letters of two."""
+    """A tokenizer of one letter per token; ids from 26 on stand for a lower-case letter twice."""
 
     has_chat_template = False
 
@@ -93,12 +93,12 @@ class LetterTokenizer:
 
 
 def random_transformer(config: ModelConfig, seed: int, dtype=jnp.float32) -> Transformer:
-    """Random weights (normal kernels of standard deviation 1 / sqrt(in), unit norms)."""
+    """Return a transformer of random weights: normal kernels of standard deviation 1 / sqrt(in), and unit norms."""
     return build(config, random_reader(config, seed), dtype)
 
 
 def random_reader(config: ModelConfig, seed: int) -> Callable[[str], np.ndarray]:
-    """Canonical name -> float32 array of `random_transformer`'s weights."""
+    """Return a function that maps a canonical name to `random_transformer`'s float32 array."""
     kinds = {"embed": "kernel", "unembed": "kernel", "final_norm": "scale"}
     kinds |= {name: kind for name, (_, kind) in layer_parameters(config).items()}
     shapes = parameter_shapes(config)
@@ -118,7 +118,7 @@ def random_reader(config: ModelConfig, seed: int) -> Callable[[str], np.ndarray]
 def small_model(
     config: ModelConfig = LLAMA, seed: int = 0, tokenizer: LetterTokenizer | Tokenizer | None = None
 ) -> LanguageModel:
-    """A random language model."""
+    """Return a random language model."""
     model = random_transformer(config, seed)
     return LanguageModel(model, tokenizer=tokenizer, source="random", fingerprint="0")
 
@@ -130,7 +130,7 @@ def outline_of(config: ModelConfig, dtype="float32", packing=(), mesh=None, layo
 
 
 def programs_of(session: Session) -> dict[str, tuple[Program, tuple, dict]]:
-    """Name -> (program, arguments, statics) of what a session compiles."""
+    """Return name -> (program, arguments, statics) of all programs that a session compiles."""
     found = {}
 
     def asked(program: Program, *arguments: Any, **statics: Any) -> Any:
@@ -144,7 +144,7 @@ def programs_of(session: Session) -> dict[str, tuple[Program, tuple, dict]]:
 def random_parameters(
     config: ExitsConfig, seed: int | np.random.Generator = 1, spread: float = 0.3
 ) -> dict[str, np.ndarray]:
-    """Parameters of exits that have learnt nothing, but whose every part matters."""
+    """Return random parameters of untrained exits in which every part matters."""
     rng, made = np.random.default_rng(seed), {}
     for name, (shape, start) in exit_parameters(config).items():
         scale = spread / np.sqrt(shape[-1]) if len(shape) > 1 else 0.1
@@ -153,7 +153,7 @@ def random_parameters(
 
 
 def random_exits(kind: str, *, fused: bool = False, draft: int | None = None, depths=(1, 2, 3), seed=0) -> TrainedExits:
-    """Exits of LLAMA near the model's own head, so that proposals are sometimes right."""
+    """Return exits of LLAMA near the model's own head, so that proposals are sometimes right."""
     sizes = {"hidden": 12, "heads": 2, "head_dim": 8, "window": 5}
     config = ExitsConfig(kind, depths, LLAMA.width, fused, **sizes, draft_size=draft)
     rng = np.random.default_rng([seed, len(kind)])
@@ -164,14 +164,14 @@ def random_exits(kind: str, *, fused: bool = False, draft: int | None = None, de
 
 @functools.cache
 def random_drafter(kind: str = "mlp") -> TrainedExits:
-    """An exit at depth 0."""
+    """Return an exit at depth 0."""
     return random_exits(kind, fused=True, draft=40, depths=(0,))
 
 
 class SmallModel:
     """A small model for the twin: exit k is a model of its own, cut off after x_k layers.
 
-    Nothing of the decode loop takes part, and no cache: every prefix is run from its first token.
+    It uses neither the decode loop nor a cache: every prefix runs from its first token.
     """
 
     def __init__(self, config: ModelConfig, depths: tuple[int, ...], seed: int = 0):
@@ -183,7 +183,7 @@ class SmallModel:
 
     def logits(self, tokens: tuple[int, ...], stage: int) -> np.ndarray:
         if (tokens, stage) not in self._known:
-            padded = np.zeros((1, TWIN_LENGTH), np.int32)  # what follows cannot reach back
+            padded = np.zeros((1, TWIN_LENGTH), np.int32)  # padding cannot reach back
             padded[0, : len(tokens)] = tokens
             rows = np.asarray(self.models[stage - 1].logits(padded))[0]
             for length in range(1, len(tokens) + 1):
@@ -193,17 +193,17 @@ class SmallModel:
 
 @functools.cache
 def ragged_prompts(count: int = 8) -> list[list[int]]:
-    """Prompts of 1 to 16 tokens, all in one length bucket."""
+    """Return prompts of 1 to 16 tokens, all in one length bucket."""
     rng = np.random.default_rng(1)
     lengths = [1, 16, *rng.integers(2, 16, count - 2).tolist()]
     return [rng.integers(0, LLAMA.vocab_size, length).tolist() for length in lengths]
 
 
 def assert_same_tokens(lm: LanguageModel, output: dex_jax.Output, reference: dex_jax.Output, **options) -> None:
-    """Tokens are equal; in one sequence at most they may part, where floating point cannot tell two tokens apart.
+    """Assert that tokens are equal; in one sequence they may part where floating point cannot tell two apart.
 
     Batches of other shapes add in other orders, so an exact tie of a random model may fall either way. `options` are
-    what both were made with.
+    those of both decodings.
     """
     filters = {name: options[name] for name in ("temperature", "top_k", "top_p") if name in options}
     checks = compare(lm, output, reference, **filters)
@@ -213,6 +213,6 @@ def assert_same_tokens(lm: LanguageModel, output: dex_jax.Output, reference: dex
 
 
 def packed_alike(config: ModelConfig, format: str) -> Packing:
-    """Every kernel of a model in one format."""
+    """Return the packing of a model with every kernel in one format."""
     shapes = parameter_shapes(config).items()
     return tuple((name, ((format, shape[0]),)) for name, shape in shapes if len(shape) == 2)

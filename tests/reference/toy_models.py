@@ -10,8 +10,8 @@ the position may see, and lets the sum move the state or not:
 A mask, slot, position or commit that is wrong changes s, and with it tokens. Where the gate is 0 the state stays, so
 the share of zeros says how often exits agree with the last layer. Logits are tables: head_k[h].
 
-Exit 0 makes a state of its own from what it is told of the position before, the last layer's state where that is
-committed, the state at the deepest exit that a seed's parent has passed, or its own where it drafted the parent:
+Exit 0 makes a state of its own from before(n), a state of the position before: the last layer's if that is committed,
+the one at the deepest exit that a seed's parent has passed, or its own if it drafted the parent:
 
     d(n) = before(n) + token(n) + n    (mod P), logits head_0[d]
 
@@ -50,7 +50,7 @@ class Tables(NamedTuple):
 
 
 class ToyMemory(NamedTuple):
-    """Keys: committed [K, B, S], lattice [K, B, K W]; the last layer's state at the last committed position: [B]."""
+    """Keys `committed` [K, B, S] and `lattice` [K, B, K W], and the last layer's newest committed state `last` [B]."""
 
     committed: jax.Array
     lattice: jax.Array
@@ -68,11 +68,11 @@ def random_tables(
     disagreement: int = 2,
     draft_size: int | None = None,
 ) -> Tables:
-    """Random tables; draft_size is V', when the exits know a part of the vocabulary only.
+    """Return random tables; `draft_size` is V', if the exits know only a part of the vocabulary.
 
-    `openness` is the share of gates that move the state: 0 makes exits agree as often as their heads do. Logits are
-    integers from 0 to `spread`, of which small values make ties; an exit's stray as far as `disagreement` from the last
-    layer's.
+    `openness` is the share of gates that move the state in stages 2..K; those of stage 1 all do. With 0, exits agree as
+    often as their heads do. Logits are integers from 0 to `spread`, and a small one makes ties; an exit's stray as far
+    as `disagreement` from the last layer's.
     """
     rng = np.random.default_rng(seed)
     final_head = rng.integers(0, spread + 1, (P, vocab_size))
@@ -97,9 +97,9 @@ def random_tables(
 
 
 def _unambiguous_row(rng: np.random.Generator, base: np.ndarray, disagreement: int) -> np.ndarray:
-    """Logits near `base` whose log-probabilities stay clear of the edges at which scores are rounded.
+    """Return logits near `base` with log-probabilities that stay clear of the edges at which scores are rounded.
 
-    The logarithm is the one thing here that is not exact; this keeps its last bit from mattering.
+    The logarithm is the only step here that is not exact; this keeps its last bit from mattering.
     """
     while True:
         row = base + rng.integers(-disagreement, disagreement + 1, base.shape)
@@ -114,7 +114,7 @@ def _log_softmax(row: np.ndarray) -> np.ndarray:
 
 
 class ToyModel:
-    """The tables in plain Python, for the twin: no batch, no cache but a dictionary of prefixes."""
+    """The tables in plain Python, for the twin: no batch, and no cache but a dictionary of prefixes."""
 
     def __init__(self, tables: Tables):
         self.heads = [*np.asarray(tables.exit_heads), np.asarray(tables.final_head)]
@@ -135,16 +135,16 @@ class ToyModel:
         return self.heads[stage - 1][self._run(tuple(tokens))[1][stage - 1]]
 
     def state(self, tokens: tuple[int, ...], stage: int) -> int:
-        """The state at the last of `tokens` after stage 1..K."""
+        """Return the state at the last of `tokens` after `stage`, one of 1..K."""
         return self._run(tuple(tokens))[1][stage - 1]
 
     def drafted(self, before: int, token: int, position: int) -> tuple[np.ndarray, int]:
-        """(exit 0's logits after `token` at `position`, the state that it makes there)."""
+        """Return exit 0's logits after `token` at `position`, and the state that it makes there."""
         state = (before + token + position) % P
         return self.draft_head[state], state
 
     def _run(self, tokens: tuple[int, ...]) -> tuple[list[int], list[int]]:
-        """(sum of keys of each stage, state after each stage) at the last of `tokens`."""
+        """Return the sum of keys of each stage, and the state after each stage, at the last of `tokens`."""
         if tokens not in self._known:
             sums = list(self._run(tokens[:-1])[0])
             n, h, states = len(tokens) - 1, self.embedding[tokens[-1]], []
@@ -158,7 +158,7 @@ class ToyModel:
 
 
 def toy_network(tables: Tables) -> Network:
-    """The tables as the loop's callables."""
+    """Return the tables as the Network that the loop calls."""
     stages = tables.scale.shape[0]
     vocab_size = tables.embedding.shape[0]
 
@@ -224,7 +224,7 @@ def toy_network(tables: Tables) -> Network:
 
 
 def toy_prefill(tables: Tables, prompts: jax.Array, lengths: jax.Array, *, capacity: int, slots: int) -> ToyMemory:
-    """Memory after the prompts: [B, R] int32 padded to the right, lengths [B]; room for `capacity` more tokens."""
+    """Return the memory after `prompts` [B, R] int32, padded right, of `lengths` [B]; `capacity` more tokens fit."""
     batch, width = prompts.shape
     positions = jnp.broadcast_to(jnp.arange(width)[None, :], (batch, width))
     h = tables.embedding[prompts][None]

@@ -20,7 +20,7 @@ CAPACITY = 12
 
 
 class Ticks(NamedTuple):
-    """The state that was seen after each tick, with a leading axis of ticks."""
+    """Parts of the state after each tick, with a leading axis of ticks."""
 
     lattice: Lattice
     prefix: np.ndarray
@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 
 def random_case(seed: int, batch: int, vocab_size: int, *, sampled: bool) -> Case:
-    """Prompts of 1 to PROMPT_WIDTH tokens, limits up to CAPACITY; EOS ids and filters in some cases."""
+    """Return prompts of 1 to PROMPT_WIDTH tokens and limits up to CAPACITY, with EOS ids and filters in some cases."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, PROMPT_WIDTH + 1, batch)
     limits = np.where(rng.random(batch) < 0.7, CAPACITY, rng.integers(1, CAPACITY + 1, batch))
@@ -60,7 +60,7 @@ def random_case(seed: int, batch: int, vocab_size: int, *, sampled: bool) -> Cas
 
 
 def twin_draws(case: Case, row: int, vocab_size: int) -> twin.Draws | None:
-    """The same draws for the twin: noise as a table by position."""
+    """Return the same draws for the twin, with noise as a table by position."""
     if case.temperature is None:
         return None
     noise = noise_table(case.seeds[row], vocab_size).__getitem__
@@ -70,7 +70,7 @@ def twin_draws(case: Case, row: int, vocab_size: int) -> twin.Draws | None:
 def twin_runs(
     model: ToyModel, case: Case, *, vocab_size: int, drafts: TreeShape | None = None, **options
 ) -> list[twin.Run]:
-    """The batch as independent runs of the twin; options as of `twin.decode`."""
+    """Return the batch as independent runs of the twin; `options` are those of `twin.decode`."""
     options |= {"shape": drafts, "eos_ids": case.eos_ids}
     return [
         twin.decode(model, prompt, max_new_tokens=limit, draws=twin_draws(case, row, vocab_size), **options)
@@ -79,25 +79,25 @@ def twin_runs(
 
 
 def watched(tables: Tables, case: Case, first: list[int], **shape) -> Ticks:
-    """Every tick of the library's loop, until even the slowest sequence must have ended."""
+    """Return every tick of the library's loop, until even the slowest sequence must have ended."""
     return jax.tree.map(np.asarray, _watched(tables, *arrays(case, first), **shape))
 
 
 def finished(tables: Tables, case: Case, first: list[int], **shape) -> DexState:
-    """The state after the library's own while_loop."""
+    """Return the state after the library's own while_loop."""
     return jax.tree.map(np.asarray, _finished(tables, *arrays(case, first), **shape))
 
 
 def emitted(record: Record, row: int) -> tuple[list[int], list[int]]:
-    """(tokens, exits) of one sequence."""
+    """Return (tokens, exits) of one sequence."""
     length = int(record.lengths[row])
     return record.tokens[row, :length].tolist(), record.exits[row, :length].tolist()
 
 
 def lattice_contents(ticks: Ticks, tick: int, row: int, stages: int) -> set[twin.Seen]:
-    """The live nodes after `tick` (1-based) as the twin describes them.
+    """Return the live nodes after `tick` (1-based) as the twin describes them.
 
-    On the way it checks what the twin does not have: that the ancestor set of a node is its path and nothing else.
+    It also asserts what the twin cannot show: the ancestor set of a node is its path and nothing else.
     """
     lattice = jax.tree.map(lambda field: field[tick - 1, row], ticks.lattice)
     rows = lattice.token.shape[1]
@@ -119,7 +119,7 @@ def lattice_contents(ticks: Ticks, tick: int, row: int, stages: int) -> set[twin
 
 
 def arrays(case: Case, first: list[int]):
-    """Padded prompts [B, R], lengths [B], first tokens [B], Limits and Sampling of a case."""
+    """Return padded prompts [B, R], lengths [B], first tokens [B], Limits and Sampling of a case."""
     prompts = np.zeros((len(case.prompts), PROMPT_WIDTH), np.int32)
     for padded, prompt in zip(prompts, case.prompts, strict=True):
         padded[: len(prompt)] = prompt
@@ -138,7 +138,7 @@ def arrays(case: Case, first: list[int]):
 
 
 def _watch(tables, *case, decs: bool, **shape) -> Ticks:
-    """All ticks of the library's loop; `case` as `arrays` gives it."""
+    """Return all ticks of the library's loop; `case` is what `arrays` returns."""
     *_, limits, sampling = case
 
     def tick(state: DexState, _):
@@ -150,7 +150,7 @@ def _watch(tables, *case, decs: bool, **shape) -> Ticks:
 
 
 def begin(tables, prompts, lengths, first, limits, sampling, stages: int, rows: int, drafts=None) -> DexState:
-    """The state after the prompts."""
+    """Return the state after the prefill of the prompts."""
     room = CAPACITY + (0 if drafts is None else drafts.levels)
     memory = toy_prefill(tables, prompts, lengths, capacity=room, slots=stages * rows)
     return init(
@@ -170,7 +170,7 @@ def begin(tables, prompts, lengths, first, limits, sampling, stages: int, rows: 
 
 
 def finish(tables, *case, decs: bool, **shape) -> DexState:
-    """The library's own while_loop, to be traced."""
+    """Run the library's own while_loop and return the state; jit traces this function."""
     *_, limits, sampling = case
     return run(toy_network(tables), begin(tables, *case, **shape), limits, sampling, decs=decs, drafts=shape["drafts"])
 
@@ -181,7 +181,7 @@ _watched = jax.jit(_watch, static_argnames=("stages", "rows", "decs", "drafts"))
 
 @functools.cache
 def noise_table(seed: int, vocab_size: int) -> np.ndarray:
-    """[positions, V] float32."""
+    """Return the noise [positions, V] float32 of a seed."""
     return np.asarray(_noise(sampling_keys([seed])[0], vocab_size))
 
 

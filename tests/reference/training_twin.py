@@ -1,4 +1,4 @@
-"""The training of tests' LinearMap by hand: NumPy, float64, one plain loop."""
+"""A slow twin of the training of a LinearMap (training_worker.py): NumPy, float64, one plain loop."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 
 def train_linear_map(task, config, params, key):
-    """(params, losses of all steps) of a run that is never interrupted.
+    """Return (params, losses of all steps) of a run that is never interrupted.
 
-    `task` is a second LinearMap, not that of the run in question; `params` are {"map" [D, D], "scale" [D], "bias" [D]}
-    before the first step; what an input loses at a step is drawn from `key`, the run's own.
+    `task` is a second LinearMap, not that of the tested run; `params` are {"map" [D, D], "scale" [D], "bias" [D]} at
+    the first step; the inputs that a step drops are drawn from `key`, which is the run's own.
     """
     params = {name: np.asarray(value, np.float64) for name, value in params.items()}
     first = {name: np.zeros_like(value) for name, value in params.items()}
@@ -41,7 +41,7 @@ def train_linear_map(task, config, params, key):
 
 
 def loss_and_gradients(params, batch, kept, target):
-    """Mean squared error of (batch * kept) map * scale + bias against batch target, and its gradients."""
+    """Return the mean squared error of (batch * kept) map * scale + bias against batch target, and its gradients."""
     inputs = batch * kept
     mapped = inputs @ params["map"]
     error = mapped * params["scale"] + params["bias"] - batch @ target

@@ -1,15 +1,15 @@
-"""Depth Exploration Decoding once more, slowly: nodes are objects, a cohort is a list, nothing is an array of slots.
+"""A slow twin of Depth Exploration Decoding: nodes are objects, a cohort is a list, nothing is an array of slots.
 
-Written from the description of the algorithm (arXiv 2606.29223), not from the library's loop, to be compared with it
-tick by tick. One sequence at a time; a batch is several runs. The model is any object with
+It is written from the description of the algorithm (arXiv 2606.29223), not from the library's loop, to be compared with
+it tick by tick. It decodes one sequence at a time; a batch is several runs. The model is any object with
 
-    logits(tokens, stage) -> float32 [columns], what exit `stage` (1..K, K the final layer) says after `tokens`;
-    vocabulary(stage) -> the token id of each column, ascending or not;
+    logits(tokens, stage) -> float32 [columns] of exit `stage` (1..K, K the final layer) after `tokens`;
+    vocabulary(stage) -> the token id of each column of an exit, ascending or not;
 
 and, where exit 0 drafts,
 
-    state(tokens, stage), what a drafter may read of the last of `tokens` once it has done `stage` stages;
-    drafted(before, token, position) -> (exit 0's float32 [columns of exit 1], what it makes of this position).
+    state(tokens, stage) -> the state that a drafter may read of the last of `tokens` once it has done `stage` stages;
+    drafted(before, token, position) -> (exit 0's logits float32 [columns of exit 0], its own state of this position).
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Node:
 
     token: int
     parent: Node | None
-    tokens: tuple[int, ...]  # the prompt, what has been emitted, and the path down to this node
+    tokens: tuple[int, ...]  # the prompt, the emitted tokens, and the path down to this node
     born_at: int
     score: float = 0.0
     progress: int = 0
-    drafter_state: object = None  # what exit 0 made of this node when it was born, of the nodes that it drafted under
+    drafter_state: object = None  # exit 0's own state of this node, once it has drafted below it
     drafted: bool = False  # whether exit 0's drafter alone proposed it
     children: list[Node] = dataclasses.field(default_factory=list)
 
@@ -67,7 +67,7 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """A live node as the comparison sees it after a tick; `path` is the tokens from the root down to it."""
+    """A live node as the comparison sees it after a tick; `path` has the tokens from the root down to it."""
 
     path: tuple[int, ...]
     progress: int
@@ -85,14 +85,14 @@ class Run:
     ticks: int
     lattices: list[set[Seen]]
     pruned: int = 0
-    rows: list[int] = dataclasses.field(default_factory=list)  # that each cohort may have had, where rungs say so
-    levels: list[int] = dataclasses.field(default_factory=list)  # that the drafter was asked for in each
-    # What was promised and what came of it, all fading: tokens of drafts and seeds, and what the drafter was asked for.
+    rows: list[int] = dataclasses.field(default_factory=list)  # the row count that each cohort chose, if it has rungs
+    levels: list[int] = dataclasses.field(default_factory=list)  # the levels that were drafted for each cohort
+    # Fading sums: the tokens that drafts and seeds promised and brought, and those that the drafter should add and did.
     promised: float = 0.0
     kept: float = 0.0
     asked: float = 0.0
     drafted: float = 0.0
-    told: int = 1  # tokens that had been emitted after the last tick
+    told: int = 1  # tokens emitted up to the last tick
 
     @property
     def trust(self) -> float:
@@ -103,7 +103,7 @@ class Run:
         return self.trust * (self.drafted + BELIEVED * HOPE) / (self.asked + BELIEVED)
 
     def remember(self, cohort: Sequence[Node], drafted: Sequence[Node], asked: float) -> None:
-        """Ends a tick with its new cohort, what of the drafter's is as good, and what the drafter was asked for."""
+        """Update the fading sums, given a tick's cohort, the drafted nodes that are as good, and what was requested."""
         root = float(bool(cohort) and cohort[0].score == 0)
         new = {
             "promised": sum(math.exp(n.score) for n in cohort) - root,
@@ -128,7 +128,7 @@ def decode(
     draws: Draws | None = None,
     shape: TreeShape | None = None,
 ) -> Run:
-    """The whole loop; rows=None never prunes, shape=None drafts nothing."""
+    """Decode one sequence; rows=None never prunes, shape=None drafts nothing."""
     committed = tuple(prompt)
     first = final_token(model, committed, stages, draws)
     run = Run([first], [-1], 0, [])
@@ -139,7 +139,7 @@ def decode(
         return run.tokens[-1] in eos_ids or len(run.tokens) >= max_new_tokens
 
     def spawn(heads: list[Node]) -> None:
-        """The next cohort: heads, and what exit 0 drafts below them, the best rows of all."""
+        """Append the next cohort: the best rows of the heads and of what exit 0 drafts below them."""
         spawned = heads if rows is None else heads[:rows]
         run.pruned += len(heads) - len(spawned)
         if shape is not None:
@@ -160,7 +160,7 @@ def decode(
             for node in cohort:
                 node.progress += 1
 
-        # Commit: the final layer decides after the root, and after every child that it confirms and has run as well.
+        # Commit: the final layer decides after the root, and after every confirmed child that has run all stages too.
         fresh = False
         while root.progress == stages and not fresh and not ended():
             token = final_token(model, committed, stages, draws)
@@ -168,7 +168,7 @@ def decode(
             committed = (*committed, token)
             run.tokens.append(token)
             run.exits.append(stages if heir is None else heir.born_at)
-            # Collapse: the subtree under that child, or nothing.
+            # Collapse: the subtree under that child stays, or nothing.
             if heir is None:
                 root, fresh = Node(token, None, committed, born_at=stages), True
                 cohorts = []
@@ -207,7 +207,7 @@ def with_drafts(
     shape: TreeShape,
     draws: Draws | None,
 ) -> list[Node]:
-    """A cohort's heads with what exit 0 drafts below them, best first, as many as are worth it; none hangs yet."""
+    """Return heads and the drafts of exit 0 below them, best first, as many as are worth it; none hangs yet."""
     asked = heads[:HEADS]
     follows: dict[Node, tuple[Node, list[int], list[float]]] = {}
     for head in asked:
@@ -217,7 +217,7 @@ def with_drafts(
         if said and logs[0] > -math.inf:
             follows[head] = (head, said, logs)
     everything, above, levels, wanted = list(heads), asked, 0, 0.0
-    costs = [1 + (rows - 1) / 6 for rows in shape.rungs]  # the usual ones
+    costs = [1 + (rows - 1) / 6 for rows in shape.rungs]  # the library's usual costs
     for level, width in enumerate(shape.widths, 1):
         found: list[tuple[Node, int, float]] = []
         claimed: dict[Node, float] = {}
@@ -267,7 +267,7 @@ def with_drafts(
 
 
 def drafted_below(model, node: Node, count: int, stages: int, draws: Draws | None) -> list[tuple[Node, int, float]]:
-    """Exit 0's `count` best children of a node: (node, token, score of the path)."""
+    """Return exit 0's `count` best children of a node as (node, token, score of the path)."""
     parent = node.parent
     if parent is None:
         before = model.state(node.tokens[:-1], stages)
@@ -287,7 +287,7 @@ def drafted_below(model, node: Node, count: int, stages: int, draws: Draws | Non
 
 
 def continuation(text: Sequence[int], count: int) -> tuple[list[int], int]:
-    """(what followed the latest of the longest earlier occurrences of the text's suffix, length of the match)."""
+    """Return what followed the latest of the longest earlier matches of the text's suffix, and the match's length."""
     best, longest, end = 0, 0, None
     for at in range(len(text) - 1):
         length = 0
@@ -304,7 +304,7 @@ def continuation(text: Sequence[int], count: int) -> tuple[list[int], int]:
 
 
 def trust(shape: TreeShape, matched: int) -> float:
-    """Return the log probability, quantized, of a continuation's next token after so many that were the same."""
+    """Return the quantized log probability of a continuation's next token after `matched` tokens that were the same."""
     known = len(shape.lookup)
     wrong = 1 - shape.lookup[min(matched, known) - 1]
     if wrong == 1:
@@ -313,7 +313,7 @@ def trust(shape: TreeShape, matched: int) -> float:
 
 
 def proposal(model, node: Node, decs: bool, draws: Draws | None) -> Node | None:
-    """The child that `node` gets from the exit that it has just reached, not yet hung under it."""
+    """Return the child that the exit which `node` has just reached proposes, not yet hung under it, or None."""
     stage = node.progress
     held = [child.token for child in node.children]
     best = best_token(model, node.tokens, stage, held if decs else [], draws)
@@ -333,7 +333,7 @@ def final_token(model, tokens: Sequence[int], stages: int, draws: Draws | None) 
 
 
 def best_token(model, tokens: tuple[int, ...], stage: int, banned: Sequence[int], draws: Draws | None) -> int | None:
-    """The best token of one exit that is not banned; None if nothing is left. Ties go to the first column."""
+    """Return the best token of one exit that is not banned, or None if nothing is left; ties go to the first column."""
     ids = list(model.vocabulary(stage))
     logits = model.logits(tokens, stage).astype(np.float32)
     logits = np.where([i in banned for i in ids], np.float32(-np.inf), logits)
@@ -345,16 +345,16 @@ def best_token(model, tokens: tuple[int, ...], stage: int, banned: Sequence[int]
 
 
 def quantized(log_probability: float) -> float:
-    """Rounded as the library documents it, so that sums do not depend on their order."""
+    """Return a log probability rounded as in the library, so that sums do not depend on their order."""
     return round(min(max(log_probability, LOWEST_LOG_PROBABILITY), 0.0) / SCORE_STEP) * SCORE_STEP
 
 
 def teacher_forced_exits(
     model, prompt: Sequence[int], tokens: Sequence[int], *, stages: int, decs: bool = True, draws: Draws | None = None
 ) -> list[int]:
-    """For each token after the first, the first exit that gives it after its true prefix, K if none does.
+    """Return, for each token after the first, the first exit that gives it after its true prefix, or K.
 
-    No lattice: the emitted text is put through the model once.
+    There is no lattice: the emitted text runs through the model once.
     """
     found = []
     for i in range(1, len(tokens)):
@@ -381,7 +381,7 @@ def autoregressive(
     eos_ids: Sequence[int] = (),
     draws: Draws | None = None,
 ) -> list[int]:
-    """Plain decoding: the final layer after every prefix."""
+    """Decode plainly: the final layer decides after every prefix."""
     tokens: list[int] = []
     while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in eos_ids):
         tokens.append(final_token(model, (*prompt, *tokens), stages, draws))

@@ -35,7 +35,7 @@ class DraftModel:
     """A small model that drafts for another one of the same vocabulary."""
 
     config: ModelConfig
-    weights: Any  # as of LanguageModel, or their shapes
+    weights: Any  # as in LanguageModel, or their shapes
     dtype: jnp.dtype
     packing: Packing
     source: str
@@ -46,7 +46,7 @@ GivenDrafter = TrainedExits | EagleHead | DraftModel
 
 
 def draft_model(lm: LanguageModel | Outline, small: LanguageModel | Outline) -> DraftModel:
-    """`small` as the drafter of `lm`.
+    """Return `small` as the drafter of `lm`.
 
     Raises:
       DexError: another vocabulary, or a drafter on a mesh.
@@ -65,7 +65,7 @@ def draft_model(lm: LanguageModel | Outline, small: LanguageModel | Outline) -> 
 
 @functools.lru_cache(maxsize=4)
 def _same_tokens(one: Tokenizer | None, other: Tokenizer | None, size: int, other_size: int) -> bool:
-    """Return whether numbers below both sizes name the same tokens; what pads a vocabulary beyond that names none."""
+    """Return whether ids below both vocabulary sizes name the same tokens; ids beyond them only pad a vocabulary."""
     if one is None or other is None:
         return size == other_size
     known, others = (
@@ -79,22 +79,22 @@ _fitted = functools.lru_cache(maxsize=1)(fit_eagle)
 
 
 def fitted(given: EagleHead | DraftModel, config: ModelConfig) -> EagleHead | DraftModel:
-    """A drafter with layers of its own as it drafts for a model; a DexError for one of another model."""
+    """Fit a drafter with layers of its own to a model; raise DexError for a head of another model."""
     return _fitted(given, config) if isinstance(given, EagleHead) else given
 
 
 def known_trees(drafter: GivenDrafter | None) -> tuple[TreeShape, ...]:
-    """The trees that a drafter's drafts are worth, ascending; without one those of the text alone."""
+    """Return the trees that a drafter fills, ascending; for None those of the text alone."""
     if drafter is None:
         return LOOKUP_TREES
     return DRAFTED_TREES if isinstance(drafter, TrainedExits) else OWN_LAYERS_TREES
 
 
 def exit_zero(given: GivenDrafter, length: int) -> ExitZero:
-    """Return the ExitZero on which compiled programs for sequences of at most `length` tokens depend.
+    """Return the ExitZero of a drafter, for programs that run sequences of at most `length` tokens.
 
     Raises:
-      DexError: a small model whose context is shorter.
+      DexError: a draft model with a shorter context.
     """
     if isinstance(given, TrainedExits):
         return TrainedHeads(given.config)
@@ -119,7 +119,7 @@ def drafter_arrays(given: GivenDrafter, model: Transformer) -> Any:
 
 @functools.lru_cache(maxsize=2)
 def _kept(drafter: TrainedExits) -> Mapping[str, np.ndarray | Packed]:
-    # It only proposes tokens, and 8 bits are read in half the time of 16.
+    # A drafter only proposes tokens, and 8 bits are read in half the time of 16.
     return in_int8(drafter.parameters) if few_rows.language() == "C++" else drafter.parameters
 
 

@@ -1,7 +1,7 @@
-"""Exit 0: what it drafts below the heads of a cohort, and how many of a cohort's rows are worth their time.
+"""The drafts of exit 0 below the heads of a cohort, and the choice of the rows that are worth their time.
 
 Drafts come from the text itself (what followed the same suffix before) and from a drafter, a head at depth 0. None of
-them ever changes a token: what is emitted is the final layer's.
+them ever changes a token: the final layer decides all that is emitted.
 
 Letters: B sequences, H heads that exit 0 drafts below, N rows of a cohort while it grows, M tokens that the text may go
 on with, S text length, E width of what a drafter knows of a position.
@@ -26,7 +26,7 @@ from dex_jax.lattice import NO_NODE, Candidates, Cohort, Lattice, quantized
 from dex_jax.sampling import Sampling, log_total, scores
 
 HEADS = 8
-"""Under so many heads of a cohort, the best ones, exit 0 drafts."""
+"""Number of heads of a cohort, the best ones, that exit 0 drafts below."""
 
 
 def with_drafts(
@@ -37,15 +37,15 @@ def with_drafts(
     sampling: Sampling | None,
     shape: TreeShape,
 ) -> tuple[DexState, Cohort]:
-    """A cohort's heads with drafts below the first HEADS of them, and only the rows that are worth their time.
+    """Add drafts below the first HEADS heads of a cohort, and keep only the rows that are worth their time.
 
-    `drafter` and `before` [B, H, E], what it reads of the position before each of these heads, are None to go by the
-    text alone. Gives N rows of each sequence, the best ones first.
+    `drafter` and `before` [B, H, E], what it reads of the position before each of these heads, are None to draft
+    from the text alone. Gives (state, N rows of each sequence, the best ones first).
     """
     count = heads.token.shape[1]
     under = min(count, HEADS)
     said = _said_below(state, heads, under, shape)
-    # The most rows of a level can be cut out anywhere.
+    # A slice as long as the widest level fits wherever a level begins.
     size = max(state.rows, count + sum(shape.widths) + shape.tail) + max(under, *shape.widths)
     cohort = jax.vmap(lat.widen, (0, None))(heads, size)
     furthest = jnp.max(jnp.where(cohort.score > -jnp.inf, cohort.position, -1), axis=1)
@@ -57,7 +57,7 @@ def with_drafts(
 
 
 class _Said(NamedTuple):
-    """The continuation that the text may have below each of the first heads of a cohort."""
+    """The continuations of the text below each of the first heads of a cohort."""
 
     token: jax.Array  # [B, H, M] int32
     trust: jax.Array  # [B, H, M] float32, log-probability that a token is right if those before it are; -inf for none
@@ -83,7 +83,7 @@ def _add_levels(
     sampling: Sampling | None,
     shape: TreeShape,
 ) -> tuple[Cohort, _Drafting]:
-    """The cohort with the best drafts of each level below those of the one above, and what the drafter did for it."""
+    """Return the cohort with the best drafts of each level below the one above, and what the drafter did for it."""
     (batch, under, _), down = said.token.shape, len(shape.widths)
     most = max(under, *shape.widths)
 
@@ -129,9 +129,9 @@ def _add_levels(
         return (number < down) & jnp.any((cohort.score > -jnp.inf) & inside[None])
 
     known = None if drafter is None else drafter.blank(batch, cohort.token.shape[1])
-    # The row that each continuation has got to.
+    # The row that each continuation has reached.
     at = jnp.where(said.trust[..., 0] > -jnp.inf, jnp.arange(under)[None], NO_NODE)
-    # In a loop: the levels, one by one, would be most of the program to compile.
+    # In a loop, as unrolled levels would be most of the program to compile.
     parts: Any = (levels, *(jnp.moveaxis(each[..., :down], 2, 0) for each in said))
     none = _Drafting(jnp.int32(0), jnp.zeros(batch, jnp.float32), jnp.full_like(cohort.score, -jnp.inf))
     carry = (jnp.int32(0), cohort, known, at, none)
@@ -146,7 +146,7 @@ def _add_levels(
 def _worth_their_time(
     state: DexState, pace: Pace, cohort: Cohort, shape: TreeShape, drafting: _Drafting
 ) -> tuple[DexState, Cohort]:
-    """A sorted cohort without the rows beyond those that promise the most for their time."""
+    """Drop the rows of a sorted cohort behind those that together promise the most tokens for their time."""
     promise, roots = jnp.exp(cohort.score), (cohort.score[:, 0] == 0).astype(jnp.float32)
     rung = choose(pace, shape.rungs, ~state.record.done, promise, roots, drafting.levels, state.stages)
     kept = jnp.arange(cohort.token.shape[1]) < jnp.asarray(shape.rungs)[rung]
@@ -159,20 +159,20 @@ def _worth_their_time(
 
 
 class _Drafting(NamedTuple):
-    """The drafter's share in a cohort."""
+    """The work of the drafter for a cohort."""
 
-    levels: jax.Array  # int32, for how many it was asked
-    asked: jax.Array  # [B] float32, what was promised where it was asked, but for what the text had there
+    levels: jax.Array  # int32, the number of levels that it drafted
+    asked: jax.Array  # [B] float32, as in Pace, for this cohort alone
     scores: jax.Array  # [B, N] float32 of the rows that it alone drafted, -inf elsewhere
 
 
 class _Level(NamedTuple):
-    """A level below the heads, or all of them with a leading axis; int32 but for the last."""
+    """One level below the heads, or all with a leading axis; all fields but the last are int32."""
 
     first: jax.Array
     width: jax.Array
-    above: jax.Array  # the first row of the level before, and how many it has
-    of_above: jax.Array
+    above: jax.Array  # the first row of the level above
+    of_above: jax.Array  # the number of its rows
     drafted: jax.Array  # bool, whether the drafter may propose it
 
 
@@ -188,10 +188,10 @@ def _score_at(cohort: Cohort, at: jax.Array) -> jax.Array:
 
 
 def _go_on(cohort: Cohort, at: jax.Array, said: jax.Array, trusted: jax.Array, first: jax.Array) -> Cohort:
-    """One sequence's cohort with more of the continuation that is most probable to go on.
+    """Add to one sequence's cohort the rest of the continuation that is most probable to go on.
 
-    at [n] int32 are the rows that continuations have got to; said and trusted [n, M] go on from there, in the rows from
-    `first` on.
+    at [n] int32 are the rows that continuations have reached; `said` and `trusted` [n, M] are the tokens after them and
+    their log-probabilities. The rest goes into the rows from `first` on.
     """
     score = _score_at(cohort, at)
     best = jnp.argmax(score + trusted[:, 0])
@@ -202,7 +202,7 @@ def _go_on(cohort: Cohort, at: jax.Array, said: jax.Array, trusted: jax.Array, f
 
 
 def _texts(text: jax.Array, lattice: Lattice, cohort: Cohort, prefix: jax.Array, heads: int) -> jax.Array:
-    """The text down to each of the first heads of one sequence: [heads, S] int32."""
+    """Return the text down to each of the first `heads` heads of one sequence: [heads, S] int32."""
     size = text.shape[0]
     ancestors = lattice.ancestors.reshape(-1, lattice.ancestors.shape[-1])
     token, position = lattice.token.reshape(-1), lattice.position.reshape(-1)
@@ -226,9 +226,9 @@ def _drafted(
     level: _Level,
     most: int,
 ) -> tuple[Candidates, Any]:
-    """The drafter's best children of each row above a level, as many as the level has rows, in `most` places each.
+    """Return the drafter's best children of each row above a level, as many as the level has rows, in `most` places.
 
-    `known` are its states of the rows so far, [B, N, ...].
+    `known` are its states of the rows so far, [B, N, ...], and come back with those of the rows above the level.
     """
     batch = cohort.token.shape[0]
 
@@ -251,7 +251,7 @@ def _drafted(
     columns = drafter.vocabulary
     adjusted = scores(drafter.logits(flat), sampling, noise_at(noise, position + 1, columns))
     log_all = log_total(adjusted, None if drafter.rest is None else drafter.rest(flat), sampling)
-    # Asked for values too, XLA sorts the whole vocabulary on CPUs.
+    # If the values are used too, XLA sorts the whole vocabulary on CPUs.
     places = min(most, adjusted.shape[1])
     best = jax.lax.top_k(adjusted, places)[1]
     adjusted = jnp.take_along_axis(adjusted, best, axis=1)

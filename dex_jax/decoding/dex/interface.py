@@ -1,4 +1,4 @@
-"""The callables over arrays that the decode loop asks of a network, a handful as in mctx, and the state it carries.
+"""The few callables over arrays that the decode loop needs of a network, as in mctx, and the state that it carries.
 
 The loop never sees a model. Whoever has one (this package's transformer, or any other) hands over these functions,
 usually closures over weights that are arguments of the caller's own jit.
@@ -23,17 +23,17 @@ from dex_jax.lattice import NO_NODE, Lattice
 
 
 class StageView(NamedTuple):
-    """The lattice as the stages see it in one tick; index k - 1 along K is stage k.
+    """The lattice as the stages see it in one tick; stage k has index k - 1 along K.
 
     Attributes:
-      ring: [K] int32, the ring row whose cohort each stage runs. Row w of stage k stands in slot ring[k - 1] * W + w.
+      ring: [K] int32, the ring row of each stage's cohort. Row w of stage k stands in slot ring[k - 1] * W + w.
       token: [K, B, W] int32.
       position: [K, B, W] int32, absolute positions.
       live: [K, B, W] bool; what is computed for other rows is never read.
       ancestors: [K, B, W, K W] bool, the slots each row attends to, itself included.
       parent: [K, B, W] int32, slot of each row's parent, NO_NODE for the root.
-      prefix: [B] int32, how many committed positions every row of a sequence attends to.
-      slots: [B, K W] int32, the position of what stands in each slot.
+      prefix: [B] int32, number of committed positions, which every row of a sequence attends to.
+      slots: [B, K W] int32, the position of the node in each slot.
     """
 
     ring: jax.Array
@@ -50,11 +50,11 @@ class Committed(NamedTuple):
     """The path that one tick commits, the root first; a tick in which no root has finished commits nothing.
 
     Attributes:
-      slot: [B, P] int32 lattice slots; from `length` on anything.
-      token: [B, P] int32, what stands in them.
-      hidden: [B, P, D], at depth L.
+      slot: [B, P] int32 lattice slots; those from `length` on mean nothing.
+      token: [B, P] int32, the tokens in these slots.
+      hidden: [B, P, D], at depth L; with what ExitZero `reads` behind as in Chunk.
       position: [B] int32, of the root: the first position that is not committed yet.
-      length: [B] int32, how many nodes; 0 for sequences that commit nothing.
+      length: [B] int32, the number of nodes; 0 for sequences that commit nothing.
     """
 
     slot: jax.Array
@@ -65,12 +65,12 @@ class Committed(NamedTuple):
 
     @property
     def chunk(self) -> Chunk:
-        """The same as a piece of text."""
+        """The path as a Chunk."""
         return Chunk(self.token, self.hidden, self.position, self.position + self.length)
 
 
 class Exits(NamedTuple):
-    """The heads of exits 1..K-1.
+    """The callables of exits 1..K-1.
 
     Attributes:
       features: (memory, hidden [K, B, W, D], StageView) -> [K - 1, B, W, D'], what differs from exit to exit. Memory
@@ -90,12 +90,12 @@ class Exits(NamedTuple):
 
 
 class DraftRows(NamedTuple):
-    """Rows of a cohort that exit 0 drafts below, n of each sequence, one level of the N rows.
+    """The rows of one level of a cohort that exit 0 drafts below, n of the N rows of each sequence.
 
     Attributes:
-      token, position: [B, n] int32; the token is NO_NODE in rows that are not there, whose results are not read.
+      token, position: [B, n] int32; the token is NO_NODE in unused rows; their results are not read.
       parent: [B, n] int32, the row of the cohort that each hangs below, NO_NODE for a head.
-      before: [B, n, E], what is known of the position before a head; of other rows anything.
+      before: [B, n, E], what is known of the position before a head; anything in other rows.
     """
 
     token: jax.Array
@@ -107,7 +107,7 @@ class DraftRows(NamedTuple):
 class Drafter(NamedTuple):
     """Exit 0: what proposes tokens before any layer has run.
 
-    It keeps a state of each row that it has drafted below, from which it goes on below that row's children.
+    It keeps a state of each row that it has drafted below, which it reads to draft below the children of that row.
 
     Attributes:
       committed: memory -> [B, E], what it reads of the last committed position.
@@ -115,7 +115,7 @@ class Drafter(NamedTuple):
         as deep as they have got; None where K = 1.
       blank: (B, N) -> states of the N rows of a cohort before any is known: arrays [B, N, ...].
       features: (memory, states, DraftRows) -> (features [B, n, D'], the rows' own states [B, n, ...]).
-      logits, vocabulary, rest: as of Exits.
+      logits, vocabulary, rest: as in Exits.
     """
 
     committed: Callable[[Any], jax.Array]
@@ -128,16 +128,16 @@ class Drafter(NamedTuple):
 
 
 def before_rows(states: jax.Array, asked: DraftRows) -> jax.Array:
-    """Return what is known of the position before each row, [B, n, E], where states [B, N, E] hold that of its own."""
+    """Return what is known of the position before rows: [B, n, E], `before` for heads, else their parents' `states`."""
     of_parent = jnp.take_along_axis(states, jnp.maximum(asked.parent, 0)[:, :, None], axis=1)
     return jnp.where((asked.parent == NO_NODE)[..., None], asked.before.astype(states.dtype), of_parent)
 
 
 def before_nodes(reached: jax.Array, committed: jax.Array, parent: jax.Array, ring: jax.Array) -> jax.Array:
-    """Return what is known of the position before nodes of X stages, whose parents are [X, B, n] slots: [X, B, n, E].
+    """Return what is known of the position before nodes of X stages: [X, B, n, E].
 
-    That is what is known of their parents, as deep as they have got: `reached` [K, B, W, E] of the nodes of every
-    stage, and `committed` [B, E], of the last committed position, for a root; ring [K] int32 as in StageView.
+    That is the entry of their parents, in slots `parent` [X, B, n], in `reached` [K, B, W, E], which has the nodes of
+    every stage, or, for a root, `committed` [B, E], of the last committed position; ring [K] int32 is as in StageView.
     """
     rows, place = reached.shape[2], jnp.maximum(parent, 0)
     sequence = jnp.arange(parent.shape[1])[None, :, None]
@@ -146,33 +146,33 @@ def before_nodes(reached: jax.Array, committed: jax.Array, parent: jax.Array, ri
 
 
 class Chunk(NamedTuple):
-    """Consecutive tokens of each sequence, once they have run: a piece of the prompts, or a committed path."""
+    """Consecutive tokens of each sequence, after they have run: a chunk of the prompts, or a committed path."""
 
     tokens: jax.Array  # [B, R] int32, padded on the right
-    hidden: jax.Array  # [B, R, (1 + reads) D], at depth L and behind that at what ExitZero `reads`
+    hidden: jax.Array  # [B, R, (1 + reads) D], at depth L, and behind it at the depths that ExitZero `reads`
     start: jax.Array  # int32 scalar or [B], the position of the first
     lengths: jax.Array  # [B] int32, where each sequence ends
 
 
 class ExitZero(Protocol):
-    """A drafter for a transformer, as compiled programs depend on it; they take its arrays beside it."""
+    """A drafter for a transformer, a static argument of compiled programs, which take its arrays beside it."""
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """Depths 0..L whose states at committed positions it reads beside those at L."""
+        """Depths 0..L at which it reads the states of committed positions, beside those at L."""
 
     @property
     def alone(self) -> bool:
-        """True if the drafter reads no hidden states: every device of a mesh then moves its memory on by itself."""
+        """True if the drafter reads no hidden states: every device of a mesh then updates its memory by itself."""
 
     def empty(self, batch: int, length: int, dtype: jnp.dtype) -> Any:
-        """Return what it remembers (Memory.exits) before any position is committed, of at most `length`."""
+        """Return its memory (Memory.exits) before any position is committed, for at most `length` positions."""
 
     def read(self, model: Any, arrays: Any, memory: Any, chunk: Chunk) -> Any:
-        """Return what it remembers after a chunk, given what it remembers of the positions before."""
+        """Return its memory after a chunk, given that of the positions before."""
 
     def drafter(self, model: Any, arrays: Any) -> Drafter:
-        """The loop's callables, but for what nodes have `reached`."""
+        """Return the loop's callables, without `reached`."""
 
 
 class Network(NamedTuple):
@@ -199,7 +199,7 @@ class Network(NamedTuple):
 
 
 class DexState(NamedTuple):
-    """All that one decoding carries from tick to tick.
+    """The state that a decoding carries from tick to tick.
 
     Attributes:
       tick: int32, the last one, the same for all sequences: -1 before tick 0, which runs nothing.
@@ -209,8 +209,8 @@ class DexState(NamedTuple):
       memory: the network's own.
       noise: None when greedy.
       record: what has been emitted.
-      text: [B, S] int32, all tokens at their positions; None when exit 0 is silent.
-      pace: what the choice of rows goes by; None where every tick runs all of them.
+      text: [B, S] int32, all tokens at their positions; None without drafts.
+      pace: what rows cost and promise; None where every tick runs all of them.
     """
 
     tick: jax.Array
@@ -225,10 +225,10 @@ class DexState(NamedTuple):
 
     @property
     def stages(self) -> int:
-        """K."""
+        """Number of stages K."""
         return self.lattice.token.shape[1]
 
     @property
     def rows(self) -> int:
-        """W."""
+        """Number of rows W of a stage."""
         return self.lattice.token.shape[2]

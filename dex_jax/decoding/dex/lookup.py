@@ -1,4 +1,4 @@
-"""Proposals that cost nothing: what followed the longest suffix of the text where it stood before.
+"""Proposals from the text itself: the tokens that followed an earlier occurrence of its longest suffix.
 
 Letters: S length of the buffer, M proposed tokens.
 """
@@ -11,16 +11,16 @@ import jax.numpy as jnp
 from dex_jax.lattice import NO_TOKEN
 
 COMPARED = 16
-"""Number of tokens compared: occurrences that agree on all are equally long, and the latest is more often right."""
+"""Number of tokens by which occurrences are found; the latest of those that agree on all is right most often."""
 
 LONGEST = 64
-"""Lengths of matches are told apart up to this."""
+"""The largest length of a match; longer ones count as this."""
 
 
 def said_next(text: jax.Array, length: jax.Array, trust: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Return the M = `count` tokens with which a text [S] of some `length` may go on: as it did before.
+    """Return the M = `count` tokens that followed the suffix of a text before, with their log-probabilities.
 
-    `trust` [LONGEST + 1] float32 as TreeShape.trust. With every token that is right a match is longer.
+    `text` [S] int32 has `length` tokens; `trust` is TreeShape.trust. Each token makes the match of the next one longer.
 
     Returns:
       (tokens [M] int32, log-probability [M] float32 of each that it is right if those before it are).
@@ -31,11 +31,11 @@ def said_next(text: jax.Array, length: jax.Array, trust: jax.Array, count: int) 
 
 
 def continuation(text: jax.Array, length: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The M = `count` tokens after the longest earlier occurrence of the text's suffix, the latest one of several.
+    """Return the M = `count` tokens after the longest earlier occurrence of the text's suffix, the latest of several.
 
-    An occurrence whose continuation runs into the suffix itself is a loop, and goes on as one. text [S] int32 has
-    tokens at their absolute positions; what lies beyond `length` (int32) may be anything. Gives (tokens [M] int32,
-    int32 length of the match, 0 to LONGEST; the tokens mean nothing when it is 0).
+    A continuation that passes the end of the text starts again at its first token. text [S] int32 has tokens at their
+    absolute positions; those beyond `length` (int32) may be anything. Gives (tokens [M] int32, int32 length of the
+    match, 0 to LONGEST; the tokens mean nothing when it is 0).
     """
     size = text.shape[0]
     at = jnp.arange(size)

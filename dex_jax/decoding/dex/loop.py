@@ -1,7 +1,7 @@
 """Depth Exploration Decoding: the tick, and the loop over ticks.
 
-One tick advances every cohort by a stage, commits the root's token if it has reached the last one, with all that its
-own cohort had drafted rightly, collapses the lattice onto the node that held the last of these tokens, and lets the
+One tick advances every cohort by a stage, commits the root's token if it has reached the last one, with the right
+drafts of its own cohort, collapses the lattice onto the node that held the last of these tokens, and lets the
 surviving nodes propose children, below which exit 0 drafts (arXiv 2606.29223). With K = 1 a tick runs a token tree
 through all layers and commits a path of it. `init` and `step` are pure and compose with a caller's own jit; `run` is
 one lax.while_loop over `step`.
@@ -46,12 +46,12 @@ def init(
     prompt: jax.Array | None = None,
     length: int = 0,
 ) -> DexState:
-    """The state before tick 0, in which nothing runs and every sequence gets its first root.
+    """Return the state before tick 0, which runs nothing and gives every sequence its first root.
 
     Args:
       network: the callables of one model.
-      memory: what its prefill left: positions 0 .. position - 1 committed, room for K W lattice slots and, with drafts,
-        for P positions past the last token.
+      memory: its memory after prefill: positions 0 .. position - 1 are committed, and there is room for K W lattice
+        slots and, with drafts, for P positions past the last token.
       first_token: [B] int32, token 0 as the prefill chose it.
       position: [B] int32, its absolute position (the prompt's length).
       stages: K.
@@ -59,13 +59,13 @@ def init(
       capacity: T, room for new tokens.
       limits: when a sequence ends.
       sampling: None for greedy.
-      drafts: what exit 0 drafts; None for nothing.
-      prompt: [B, R] int32 padded on the right, which drafts look the text up in.
-      length: S, at least R and the positions of all new tokens; only asked for with drafts.
+      drafts: the tree that exit 0 drafts; None for nothing.
+      prompt: [B, R] int32 padded on the right, for drafts from the text.
+      length: S, at least R and the positions of all new tokens; needed with drafts only.
 
     Raises:
-      DexError: stages or rows that are no whole numbers of at least 1, more stages than one without exits, drafts
-        without the prompt, or limits of other shapes.
+      DexError: stages, rows or capacity that is not a whole number of at least 1, more stages than one without
+        exits, drafts without the prompt, or limits of other shapes.
     """
     whole_number(stages=stages, rows=rows, capacity=capacity)
     if stages > 1 and network.exits is None:
@@ -103,15 +103,15 @@ def step(
     decs: bool = True,
     drafts: TreeShape | None = None,
 ) -> DexState:
-    """One tick: advance, commit, collapse, propose, draft, spawn. Sequences that are done are left as they are.
+    """Run one tick: advance, commit, collapse, propose, draft, spawn; sequences that are done stay as they are.
 
     Args:
       network: the callables of one model.
       state: before the tick.
       limits: when a sequence ends.
-      sampling: as given to `init`.
+      sampling: as in `init`.
       decs: whether an exit may not repeat a token that its node's children hold (depth-coupled sampling).
-      drafts: as given to `init`.
+      drafts: as in `init`.
 
     Raises:
       DexError: a network of other stages than the state has, or without exits, or limits of other shapes.
@@ -141,18 +141,17 @@ def run(
     drafts: TreeShape | None = None,
     until_tick: jax.Array | None = None,
 ) -> DexState:
-    """Ticks under one lax.while_loop until every sequence is done, or until `until_tick`.
+    """Run ticks under one lax.while_loop until every sequence is done, or until `until_tick`.
 
-    Args:
-      network, state, limits, sampling, decs, drafts: as of `step`.
-      until_tick: int32 scalar, the tick after which to stop in any case; None for none.
+    `until_tick` is an int32 scalar, the tick after which to stop in any case, None for none; the other arguments are as
+    in `step`.
     """
     options: dict[str, Any] = {"decs": decs, "drafts": drafts}
     return until_done(lambda state: step(network, state, limits, sampling, **options), state, until_tick)
 
 
 def begin_tick(state: DexState, sampling: Sampling | None) -> tuple[DexState, StageView]:
-    """The state with the tick counted and the noise that its nodes need, and the lattice as the stages see it."""
+    """Count the tick and make the noise that its nodes need: (state, the lattice as the stages see it)."""
     lattice, tick = state.lattice, state.tick + 1
     furthest = jnp.max(jnp.where(lattice.live, lattice.position, -1), axis=(1, 2))
     noise = make_noise(state.noise, sampling, furthest + 1)
@@ -165,7 +164,7 @@ def begin_tick(state: DexState, sampling: Sampling | None) -> tuple[DexState, St
 
 
 def advance(network: Network, state: DexState, view: StageView) -> DexState:
-    """Every node runs its next stage: hidden states move up by one stage, and the youngest cohort is embedded."""
+    """Run the next stage of every node: hidden states move up by one stage, and the youngest cohort is embedded."""
     entering = network.embed(view.token[0], view.position[0]).astype(state.hidden.dtype)
     hidden = jnp.concatenate([entering[None], state.hidden[:-1]])
     says = (
@@ -181,7 +180,7 @@ def advance(network: Network, state: DexState, view: StageView) -> DexState:
 
 
 def roots_finished(state: DexState) -> jax.Array:
-    """Which sequences' roots have run their last stage: [B] bool."""
+    """Return whether the root of each sequence has run its last stage: [B] bool."""
     return jax.vmap(lat.root_finished, (0, None))(state.lattice, state.tick)
 
 
@@ -193,9 +192,9 @@ def final_tokens(
     sampling: Sampling | None,
     drafts: TreeShape | None,
 ) -> jax.Array:
-    """The final layer's token after the rows of the last stage that a path may hold: [B, W] int32.
+    """Return the final layer's token after the rows of the last stage that a path may hold: [B, W] int32.
 
-    `where` [B] bool are the sequences that are asked for.
+    `where` [B] bool are the sequences that need them.
     """
     hidden = state.hidden[-1]
     batch, rows, width = hidden.shape
@@ -215,7 +214,7 @@ def final_tokens(
 
     none = jnp.zeros((batch, rows), jnp.int32)
     if drafts is None:
-        # Between commits the unembedding is a good part of a tick, for nothing.
+        # Between commits the unembedding would take a good part of a tick, for nothing.
         return jax.lax.cond(jnp.any(where), of_roots, lambda: none)
     counts = row_counts(drafts.counts, rows, empty=state.stages > 1 or len(drafts.counts) > 1)
     live = view.live[-1] & where[:, None]
@@ -225,7 +224,7 @@ def final_tokens(
 def commit(
     network: Network, state: DexState, view: StageView, final: jax.Array, limits: Limits, drafts: TreeShape | None
 ) -> tuple[DexState, Path]:
-    """Emit the `final` layer's tokens [B, W] after finished roots, and so on down their cohorts; commit the path."""
+    """Emit the tokens `final` [B, W] after finished roots and the right drafts below them, and commit the path."""
     levels = levels_of(drafts)
     path = jax.vmap(lat.follow, (0, 0, None, None))(state.lattice, final, state.tick, levels)
     record, place = emit_path(state.record, path.token, path.born_at, path.length, limits)
@@ -241,7 +240,7 @@ def commit(
 
 
 def committed(state: DexState, view: StageView, slot: jax.Array, length: jax.Array) -> Committed:
-    """A path of nodes in slots [B, P], of length [B], as the network commits it."""
+    """Return a path of nodes, in slots [B, P] and of length [B], as the network commits it."""
     hidden = state.hidden[-1]
     row = slot % hidden.shape[1]
     return Committed(
@@ -254,7 +253,7 @@ def committed(state: DexState, view: StageView, slot: jax.Array, length: jax.Arr
 
 
 def collapse(state: DexState, path: Path) -> DexState:
-    """Only what hangs below the node that holds the last committed token lives on, in sequences that go on."""
+    """Keep only what hangs below the node of the last committed token, and nothing in sequences that are done."""
     lattice = jax.vmap(lat.collapse)(state.lattice, path)
     return state._replace(lattice=jax.vmap(lat.bury)(lattice, state.record.done))
 
@@ -262,7 +261,7 @@ def collapse(state: DexState, path: Path) -> DexState:
 def propose(
     network: Network, state: DexState, view: StageView, sampling: Sampling | None, *, decs: bool
 ) -> Proposals | None:
-    """Return what the exits 1..K-1 propose below the nodes that have just reached them: fields [K - 1, B, W]."""
+    """Return the proposals of exits 1..K-1 below the nodes that have just reached them: fields [K - 1, B, W]."""
     if network.exits is None or state.stages == 1:
         return None
     features = network.exits.features(state.memory, state.hidden, view)
@@ -271,12 +270,12 @@ def propose(
 
 
 def proposers(state: DexState) -> jax.Array:
-    """Which nodes have just finished a stage k < K and may propose: [K - 1, B, W] bool, exit 1 first."""
+    """Return which nodes have just finished a stage k < K and may propose: [K - 1, B, W] bool, exit 1 first."""
     return jnp.swapaxes(state.lattice.live[:, lat.stage_rows(state.tick, state.stages)[:-1]], 0, 1)
 
 
 def heads_of(state: DexState, proposals: Proposals | None) -> Cohort:
-    """The best proposals as seeds, or a fresh root where no node holds the last token: fields [B, H, ...]."""
+    """Return the best proposals as seeds, or a fresh root where no node holds the last token: fields [B, H, ...]."""
     fresh = (state.lattice.root == NO_NODE) & ~state.record.done
     last = jnp.take_along_axis(state.record.tokens, state.record.lengths[:, None] - 1, axis=1)[:, 0]
     roots = jax.vmap(lat.fresh_root, (0, 0, None))(last, state.prefix, state.stages)
@@ -296,7 +295,7 @@ def draft(
     sampling: Sampling | None,
     drafts: TreeShape | None,
 ) -> tuple[DexState, Cohort]:
-    """The heads with what exit 0 drafts below them, the best rows first: fields [B, N, ...]."""
+    """Return (state, the heads with what exit 0 drafts below them, the best rows first: fields [B, N, ...])."""
     if drafts is None:
         return state, jax.vmap(lat.widen, (0, None))(heads, state.rows)
     drafter, before = network.drafter, None
@@ -311,10 +310,10 @@ def draft(
 
 
 def spawn(state: DexState, cohort: Cohort) -> DexState:
-    """The cohort's best rows become nodes."""
+    """Put the cohort's best rows into the lattice as nodes."""
     return state._replace(lattice=jax.vmap(lat.spawn, (0, None, 0))(state.lattice, state.tick, cohort))
 
 
 def levels_of(drafts: TreeShape | None) -> int:
-    """P."""
+    """Return P, the number of levels of a cohort, 1 without drafts."""
     return 1 if drafts is None else drafts.levels

@@ -22,7 +22,7 @@ from dex_jax.nn.transformer import Transformer, stage_ranges
 
 
 def network_of(model: Transformer, heads: Heads, plan: Plan) -> Network:
-    """The loop's network for a model, its trained heads if there are any, and a plan."""
+    """Build the loop's network for a model, its trained heads if there are any, and a plan."""
     depths, drafts = plan.depths, plan.drafts
     remembers, arrays = plan.remembers, plan.remembering(heads)
 
@@ -54,10 +54,10 @@ def transformer_network(
     drafter: Drafter | None = None,
     counts: tuple[int, ...] | None = None,
 ) -> Network:
-    """The callables of `model` cut at exit depths x_1 < ... < x_K = L.
+    """Build the callables of `model` cut at exit depths x_1 < ... < x_K = L.
 
-    `commit_exits` moves on what exits remember, Memory.exits, in step with the caches. `in_use` as of `run_rows`.
-    `counts` are the row counts that a stage is compiled for, None those of `stage_rungs`.
+    `commit_exits` updates Memory.exits together with the caches. `in_use` is as in `run_rows`. `counts` are the row
+    counts that a stage is compiled for, None for those of `stage_rungs`.
     """
     return Network(
         vocab_size=model.config.vocab_size,
@@ -79,10 +79,10 @@ def tree_network(
     commit_exits: Callable[[Any, Committed], Any],
     reads: tuple[int, ...],
 ) -> Network:
-    """The callables of `model` for K = 1: a cohort runs through all layers in one tick.
+    """Build the callables of `model` for K = 1, where a cohort runs through all layers in one tick.
 
     `counts` are the row counts that are compiled. Memory must come from `cache.with_cohort`. Hidden states are [K, B,
-    W, (1 + reads) D]: those at depth L with those at `reads` behind.
+    W, (1 + reads) D], those at depth L with those at the depths `reads` behind them.
     """
     size = model.config.width
 
@@ -102,7 +102,7 @@ def tree_network(
             x, (keys, values) = run_tree(model, memory, entered, position, seen, view.prefix, reads)
             return fill(x, 1, rows), fill(keys, 3, rows), fill(values, 3, rows)
 
-        # Only tick 0 is empty; where one count is compiled there is nothing to choose, and weights are fetched ahead.
+        # Only tick 0 is empty; with one count there is no conditional, and weights are fetched ahead.
         x, keys, values = climb(last_row(view.live[0]), row_counts(counts, rows, empty=len(counts) > 1), run)
         return x[None], memory._replace(lattice_keys=keys, lattice_values=values)
 
@@ -122,22 +122,22 @@ def tree_network(
 
 
 def shared_exits(model: Transformer) -> Exits:
-    """Exits of kind "shared": the model's own final norm and unembedding at every depth."""
+    """Return exits of kind "shared": the model's own final norm and unembedding at every depth."""
     return Exits(features=lambda memory, hidden, view: model.normed(hidden[:-1]), logits=model.unembedding)
 
 
 def stage_rungs(batch: int, rows: int) -> tuple[int, ...]:
-    """Row counts that a stage is compiled for; each costs a compilation of all layers.
+    """Return the row counts that a stage is compiled for; each costs a compilation of all layers.
 
-    An empty stage is skipped. On a CPU one row is cheaper than eight, and eight than many times eight, but what lies
-    between one and eight rows costs the same.
+    An empty stage is skipped. On a CPU one row is cheaper than eight, and eight are cheaper than many more, but two to
+    seven rows cost as much as eight.
     """
     between = {8} if rows > 8 else {max(1, rows // 2)} if batch > 1 else set()
     return tuple(sorted({0, 1, rows} | between))
 
 
 def _masks(view: StageView) -> tuple[jax.Array, jax.Array]:
-    """(ancestors in older cohorts [K, B, W, K W], the cohort's own [K, B, W, W]).
+    """Return (the attention mask of older cohorts [K, B, W, K W], that of the cohort itself [K, B, W, W]).
 
     Older cohorts have run a stage in earlier ticks and are in memory; a cohort's own nodes run it together.
     """
@@ -189,7 +189,7 @@ def _advance(
 
 
 def _with_cohort(lattice: list[list[jax.Array]], fresh: Any, start: jax.Array) -> list[Sequence[jax.Array]]:
-    """Keys and values of a stage's lattice slots with those of a cohort, `fresh`, from slot `start` on."""
+    """Return the keys and values of a stage's lattice slots with `fresh`, those of a cohort, from slot `start` on."""
     if written_in_place(tuple(lattice[0]), jax.tree.leaves(fresh)[0].shape[-2]):
         keys, values = lattice
         at = jnp.broadcast_to(start, keys[0].shape[0])
@@ -199,5 +199,5 @@ def _with_cohort(lattice: list[list[jax.Array]], fresh: Any, start: jax.Array) -
 
 
 def _write_cohort(lattice: jax.Array, fresh: jax.Array, start: jax.Array) -> jax.Array:
-    """Writes a cohort's rows at its slots, the same for every sequence: lattice [B, G, K W, d], fresh [B, G, W, d]."""
+    """Write a cohort's rows at its slots, the same for every sequence: lattice [B, G, K W, d], fresh [B, G, W, d]."""
     return jax.lax.dynamic_update_slice(lattice, fresh, (0, 0, start, 0))

@@ -1,4 +1,4 @@
-"""Drafters with layers of their own, which see what has been committed: EAGLE-3 heads and small models.
+"""Drafters with layers of their own, which attend to the committed prefix: EAGLE-3 heads and small models.
 
 Their keys and values of committed positions lie in a cache beside the model's, and those of drafted rows among the
 states of the rows. They draft below one head, the root: K = 1.
@@ -30,15 +30,15 @@ from dex_jax.nn.weights import merge_model
 
 
 class OwnMemory(NamedTuple):
-    """The committed prefix as such a drafter sees it."""
+    """The memory that such a drafter keeps of the committed prefix."""
 
     caches: cache.Memory
-    end: jax.Array  # [B] int32, how many positions are committed
+    end: jax.Array  # [B] int32, the number of committed positions
     previous: Any = ()  # [B, E], features of the last of them; () for a model
 
 
 class Drafted(NamedTuple):
-    """States of the N rows of a cohort."""
+    """The states that such a drafter keeps of the N rows of a cohort."""
 
     features: jax.Array  # [B, N, E]
     keys: jax.Array  # [B, N, l, G, d]
@@ -49,7 +49,7 @@ class Drafted(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EagleDrafter:
-    """An EAGLE-3 head, as compiled programs depend on it (decoding/dex/interface.py: ExitZero)."""
+    """The ExitZero of an EAGLE-3 head (decoding/dex/interface.py)."""
 
     config: EagleConfig
     alone: ClassVar[bool] = False
@@ -87,7 +87,7 @@ class EagleDrafter:
 
 @dataclasses.dataclass(frozen=True)
 class ModelDrafter:
-    """A small model, as compiled programs depend on it (decoding/dex/interface.py: ExitZero)."""
+    """The ExitZero of a small model (decoding/dex/interface.py)."""
 
     config: ModelConfig
     dtype: jnp.dtype  # its own
@@ -127,7 +127,7 @@ class OwnArrays(NamedTuple):
 
 
 def eagle_arrays(head: EagleHead, dtype: jnp.dtype) -> OwnArrays:
-    """An EAGLE-3 head for compiled programs, in `dtype`."""
+    """Build the arrays of an EAGLE-3 head for compiled programs, in `dtype`."""
     vocabulary = None if head.vocabulary is None else jax.device_put(head.vocabulary.astype(np.int32))
     return OwnArrays(nnx.state(eagle_of(head.config, head.parameters, dtype)), vocabulary)
 
@@ -139,7 +139,7 @@ def _empty(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> Ow
 
 
 def _extended(model: Any, memory: OwnMemory, x: jax.Array, chunk: Chunk, begin: int = 0) -> OwnMemory:
-    """The memory after a chunk of which the first layer reads `x` [B, R, ...]; `previous` stays as it is."""
+    """Return the memory after a chunk, except `previous`; `x` [B, R, ...] is what the first layer reads."""
     start = jnp.broadcast_to(chunk.start, chunk.lengths.shape)
     _, caches = extend_rows(model, memory.caches, x, start, chunk.lengths, begin)
     ends = jnp.minimum(chunk.lengths, start + x.shape[1])
@@ -154,7 +154,7 @@ def _embedded(model: Transformer, head: Eagle, tokens: jax.Array) -> jax.Array:
 
 
 def _known(small: Transformer, tokens: jax.Array) -> jax.Array:
-    """Embeddings of a small model, whose vocabulary may be padded less than that of the tokens."""
+    """Embed tokens by a small model, which may have fewer ids than the model that it drafts for."""
     return small.embed_tokens(jnp.clip(tokens, 0, small.config.vocab_size - 1))
 
 
@@ -168,9 +168,9 @@ def _drafter(
     width: int,
     begin: int,
 ) -> Drafter:
-    """The loop's callables of a `model` over caches (config, kinds and layers, as nn/forward.py takes them).
+    """Build the loop's callables of a `model` with config, kinds and layers, as nn/forward.py takes it.
 
-    `rows` are what its first layer reads; `given` says what its last states [B, n, ...] come to, (what `logits` takes,
+    `rows` gives the input of its first layer; `given` turns its last states [B, n, ...] into (the input of `logits`,
     features [B, n, E]).
     """
     c = model.config

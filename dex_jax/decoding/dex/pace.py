@@ -1,8 +1,8 @@
 """The choice of rows and of drafted levels: as many as promise the most tokens for what they cost.
 
-A tick of one row without drafts costs what AR's step does and makes what that makes, so drafts run where they should be
-faster. What rows promise is the probability of their paths; where fewer come true, promises count for less, and where
-little of what is drafted is worth running, drafting stops for a while.
+A tick of one row without drafts costs what a step of AR does and emits as much, so drafts run only where they should be
+faster. A row promises the probability of its path. Where fewer promises come true, they count for less, and where few
+drafts are worth running, drafting stops for a while.
 
 Letters: B sequences, C row counts that a tick may choose from, N rows of a cohort.
 """
@@ -16,23 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 
 FADING = 1 / 128
-"""The share of what is remembered that each tick forgets."""
+"""The share by which each tick fades the sums of earlier ticks."""
 
 BELIEVED = 4.0
-"""So many promised tokens, and as many that came of them, are believed before the first and never forgotten."""
+"""Number of promised tokens, all of them kept, that the sums count in addition from the start; they never fade."""
 
 HOPE = 0.5
-"""The share of what the drafter is asked for that is believed to be worth running."""
+"""The share of what the drafter is asked for that is assumed to be worth running at the start."""
 
 
 class Pace(NamedTuple):
-    """The costs of ticks here, and what came of promises lately.
+    """The costs of ticks, and how many promised tokens came true lately.
 
     Attributes:
-      costs: [C + 1] float32, of a tick of each row count, in those of a tick of one row; the last of drafting a level.
-      promised, kept: [B] float32, tokens that drafts and seeds promised, and those that they brought.
-      asked: [B] float32, summed probabilities of the rows below which the drafter was asked, less those of what the
-        text already gave there.
+      costs: [C + 1] float32, of a tick of each row count and of drafting a level, relative to a tick of one row.
+      promised, kept: [B] float32, tokens that drafts and seeds promised, and tokens that they gave.
+      asked: [B] float32, summed probabilities of the rows below which the drafter was asked, less those of the
+        text's own tokens there.
       drafted: [B] float32, summed probabilities of the rows that only the drafter gave and that were run.
       length: [B] int32, tokens that had been emitted after the last tick.
       rung: [B] int32, the index of the row count that the next tick runs, C before tick 0.
@@ -66,7 +66,7 @@ class Pace(NamedTuple):
 
 
 def usual_costs(counts: tuple[int, ...]) -> list[float]:
-    """Costs before any is known: about those on two processor cores.
+    """Return the costs before any is known: about those on two processor cores.
 
     Examples:
       >>> usual_costs((1, 4, 16))
@@ -76,7 +76,7 @@ def usual_costs(counts: tuple[int, ...]) -> list[float]:
 
 
 def begin(batch: int, counts: tuple[int, ...]) -> Pace:
-    """The pace before tick 0, for `counts` of rows to choose from."""
+    """Return the pace before tick 0, with the row counts `counts` to choose from."""
     nothing, one = jnp.zeros(batch, jnp.float32), jnp.ones(batch, jnp.int32)
     ran = jnp.zeros((batch, len(counts) + 1), jnp.int32)
     costs = jnp.asarray(usual_costs(counts), jnp.float32)
@@ -84,10 +84,10 @@ def begin(batch: int, counts: tuple[int, ...]) -> Pace:
 
 
 def is_worth_a_level(pace: Pace, going: jax.Array, below: jax.Array) -> jax.Array:
-    """Say whether to draft a level below rows that promise `below` [B] tokens beyond the text's: bool scalar.
+    """Return whether to draft a level below rows that promise `below` [B] tokens beyond the text's: bool scalar.
 
-    It is worth it if the level should bring more tokens than AR makes in the time that drafting it takes, plus the
-    extra time of a tick of the next larger number of rows.
+    It is worth it if the level should give more tokens than AR does in the time that drafting it takes, plus the extra
+    time of a tick of the second smallest row count.
     """
     price = pace.costs[-1] + pace.costs[min(1, pace.costs.shape[0] - 2)] - pace.costs[0]
     return jnp.sum(jnp.where(going, pace.hope * below - price, 0)) > 0
@@ -102,16 +102,16 @@ def choose(
     levels: jax.Array,
     stages: int,
 ) -> jax.Array:
-    """The index of the row count that promises the most tokens for what it costs: int32 scalar.
+    """Return the index of the row count that promises the most tokens for what it costs: int32 scalar.
 
     Args:
-      pace: what is known.
+      pace: the costs, and how far promises come true.
       counts: C row counts, ascending.
-      going: [B] bool, the sequences that count.
+      going: [B] bool, the sequences that are not done.
       promise: [B, N] float32, the probability that each row of a sorted cohort is emitted.
-      roots: [B] float32, 1 where the first row is a root, which surely is, 0 elsewhere.
+      roots: [B] float32, 1 where the first row is a root, which is emitted already, 0 elsewhere.
       levels: int32, how many levels were drafted.
-      stages: K; of so many cohorts, side by side, each makes ticks longer by its share alone.
+      stages: K; each of the K cohorts that run in a tick adds only its share to its cost.
     """
     tokens = jnp.cumsum(promise, axis=1)[:, np.array(counts) - 1]
     tokens = roots[:, None] + pace.trust[:, None] * (tokens - roots[:, None])
@@ -129,19 +129,21 @@ def after(
     asked: jax.Array,
     drafted: jax.Array,
 ) -> Pace:
-    """The pace after a tick.
+    """Return the pace after a tick.
 
     Args:
       pace: before it.
       length: [B] int32, tokens that have been emitted so far.
-      roots: [B] float32, as of `choose`.
-      rung, levels: int32, what was chosen for the next tick, and how many levels were drafted for it.
-      promised: [B] float32, tokens that its rows promise, a root among them.
-      asked, drafted: [B] float32, as of Pace, of this tick.
+      roots: [B] float32, as in `choose`.
+      rung: int32, the index of the row count that was chosen for the next tick.
+      promised: [B] float32, tokens that the next tick's rows promise, a root among them.
+      levels: int32, the number of levels that were drafted for the next tick.
+      asked: [B] float32, as in Pace, for the next tick alone.
+      drafted: [B] float32, as in Pace, for the next tick alone.
     """
     count = pace.ran.shape[1] - 1
     paid = (jnp.arange(count + 1)[None] == pace.rung[:, None]).astype(jnp.int32).at[:, count].set(levels)
-    # The newest promise comes true in a later tick, if it does; roots come one by one, and never count.
+    # The newest promises come true in later ticks, if at all; roots come one by one, and never count.
     added = (promised - roots, length - pace.length - roots, asked, drafted)
     kept = (pace.promised, pace.kept, pace.asked, pace.drafted)
     promised, made, asked, drafted = ((1 - FADING) * old + new for old, new in zip(kept, added, strict=True))

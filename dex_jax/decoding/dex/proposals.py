@@ -1,4 +1,4 @@
-"""Asking the exits: what each live node proposes.
+"""The proposals that live nodes get from their exits.
 
 Letters: B sequences, W rows a stage, K stages, X stages whose nodes are asked, D' exit features, N rows asked at once.
 """
@@ -15,8 +15,8 @@ from dex_jax.lattice import NO_NODE, NO_TOKEN, Lattice, Proposals
 from dex_jax.sampling import DROPPED, Sampling, choose, log_total
 
 BLOCKS = (1, 8, 16)
-"""Numbers of nodes that the heads are asked at a time: the largest, or the least that holds those that are left. On a
-CPU what lies between costs as much as the next one."""
+"""Numbers of nodes that heads run for at a time: the largest, or the smallest that holds those that are left. On a CPU
+sizes between two of them cost as much as the larger one."""
 
 
 def ask_exits(
@@ -31,7 +31,7 @@ def ask_exits(
     *,
     decs: bool,
 ) -> Proposals:
-    """Return what the exits propose below nodes of X stages: fields [X, B, W].
+    """Return the proposals of the exits below nodes of X stages: fields [X, B, W].
 
     The cohorts of these stages stand in `ring` rows [X]; nodes have features [X, B, W, D'], and position and live
     [X, B, W]. Those that are not live propose nothing and cost nothing. With `decs` the tokens of a node's children are
@@ -62,7 +62,7 @@ def ask_exits(
 
     none = Proposals(jnp.full(count, NO_TOKEN, jnp.int32), jnp.zeros(count, jnp.float32), jnp.zeros(count, bool))
     found = (jnp.int32(0), none)
-    # Of a loop of one turn XLA takes out what no turn changes, and so the heads would run without any live row.
+    # XLA moves work out of a loop of one turn, and so the heads would run without any live row.
     if count == block:
         found = ask_block(found)
     else:
@@ -81,7 +81,7 @@ def _ask_rows(
     *,
     decs: bool,
 ) -> Proposals:
-    """The heads of N nodes: Proposals with fields [N].
+    """Run the heads for N nodes and return Proposals with fields [N].
 
     `held` [N, K W] are the tokens of each node's children, NO_TOKEN elsewhere, `position` [N] those of the proposed
     tokens. Log-probabilities are those of the tempered distribution, without noise.
@@ -98,7 +98,7 @@ def _ask_rows(
 
 
 def _mask_columns(logits: jax.Array, tokens: jax.Array, columns: jax.Array | None) -> jax.Array:
-    """Drops each row's `tokens` ([N, C] full ids, NO_TOKEN for none) from logits [N, V']."""
+    """Mask each row's `tokens` ([N, C] full ids, NO_TOKEN for none) in logits [N, V']."""
     width = logits.shape[-1]
     column = tokens if columns is None else columns[jnp.maximum(tokens, 0)]
     column = jnp.where(tokens == NO_TOKEN, width, column)

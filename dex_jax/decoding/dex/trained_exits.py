@@ -1,4 +1,4 @@
-"""Trained exit heads as the loop's callables, and what they remember of the committed prefix.
+"""Trained exit heads as the loop's callables, and their memory of the committed prefix.
 
 Letters: B sequences, W rows a stage, K stages, R rows of a prefill chunk, D width, V' draft vocabulary, G heads and
 d head width there.
@@ -33,8 +33,7 @@ EMPTY_ENTRY = -1
 class ExitArrays(NamedTuple):
     """The arrays of trained exits that the compiled programs take beside the model."""
 
-    # of ExitHeads at depths x_1 .. x_{K-1} in the model's dtype; a drafter's in what `few_rows.kept_dtype` gives for
-    # it, or packed
+    # of ExitHeads at depths x_1 .. x_{K-1} in the model's dtype; a drafter's in its `few_rows.kept_dtype`, or packed
     parameters: Any
     vocabulary: jax.Array | None  # as in Exits; None for the full vocabulary
     columns: jax.Array | None  # as in Exits; None for the full vocabulary
@@ -50,7 +49,7 @@ class Heads(NamedTuple):
 
 
 class ExitMemory(NamedTuple):
-    """The committed prefix as exits see it."""
+    """The memory that exits keep of the committed prefix."""
 
     previous: jax.Array  # [B, D], what the final norm gave at the last committed position; zeros when there is none
     context: ContextMemory | None  # of the context layer; None unless the kind is "attn"
@@ -65,12 +64,13 @@ def exit_arrays(
     """Build the arrays that compiled programs take for trained exits or a trained drafter.
 
     Args:
-      model: which gives dtype and unembedding.
-      config, parameters: of the heads (`nn.exits.select_exits`), of the model's width.
+      model: gives the dtype and the unembedding.
+      config: of the heads, which have the model's width.
+      parameters: of the heads (`nn.exits.select_exits`).
       vocabulary: ids of the draft vocabulary's tokens, None for the full one.
     """
     kept = few_rows.kept_dtype(model.dtype)
-    # Heads at several depths are stacked, which C++ would need copies of.
+    # Heads at several depths are stacked, and C++ would need copies of them.
     heads = heads_of(config, parameters, kept if config.is_drafter else model.dtype)
     if vocabulary is None:
         return ExitArrays(nnx.state(heads), None, None, None)
@@ -89,14 +89,14 @@ def _rows(kernel: jax.Array | Packed, index: jax.Array | np.ndarray, dtype: jnp.
 
 @dataclasses.dataclass(frozen=True)
 class TrainedHeads:
-    """Trained exits or a trained drafter by what they remember, see ExitZero."""
+    """The ExitZero of trained exits or of a trained drafter."""
 
     config: ExitsConfig
     reads: ClassVar[tuple[int, ...]] = ()
     alone: ClassVar[bool] = False
 
     def empty(self, batch: int, length: int, dtype: jnp.dtype) -> ExitMemory | tuple[()]:
-        """Return the memory before any position is committed; () for exits that remember nothing."""
+        """Return the memory before any position is committed; () for heads that need none."""
         config = self.config
         if not config.needs_previous:
             return ()
@@ -108,11 +108,11 @@ class TrainedHeads:
         return ExitMemory(jnp.zeros((batch, config.width), dtype), context)
 
     def read(self, model: Transformer, arrays: ExitArrays, memory: ExitMemory, chunk: Chunk) -> ExitMemory:
-        """`previous` then belongs to the last of these tokens before the end, or to an earlier one."""
+        """Return the memory after a chunk; its `previous` belongs to the last token so far of each sequence."""
         return read_features(model, self.config, arrays, memory, chunk._replace(hidden=model.normed(chunk.hidden)))
 
     def drafter(self, model: Transformer, arrays: ExitArrays) -> Drafter:
-        """Return a drafter that reads the position before by the final norm, an exit's estimate of that, or its own."""
+        """Return a drafter; it reads final features of the position before, an exit's estimate of them, or its own."""
         logits, rest = shared_columns(model, arrays)
         width = self.config.width
 
@@ -123,7 +123,7 @@ class TrainedHeads:
             batch, rows = asked.token.shape
             flat = (1, batch * rows, width)
             both = model.embed_tokens(jnp.maximum(asked.token, 0)), before_rows(states, asked)
-            # Products in C++ pass over rows of zeros, and most levels have fewer rows than there is room for.
+            # Products in C++ skip rows of zeros, and most levels have fewer rows than there is room for.
             there = (asked.token != NO_NODE)[..., None]
             embedded, before = (jnp.where(there, each, 0).reshape(flat) for each in both)
             found = exit_heads(self.config, arrays).features(embedded, before, None)
@@ -136,7 +136,7 @@ class TrainedHeads:
 def read_features(
     model: Transformer, config: ExitsConfig, arrays: ExitArrays, memory: ExitMemory, chunk: Chunk
 ) -> ExitMemory:
-    """`TrainedHeads.read` of a chunk that holds what the final norm makes of the states, [B, R, D], as `hidden`."""
+    """Run `TrainedHeads.read` on a chunk with `hidden` [B, R, D] after the final norm."""
     tokens, features, start, lengths = chunk
     size = tokens.shape[1]
     start = jnp.broadcast_to(start, tokens.shape[:1])
@@ -159,9 +159,9 @@ def read_features(
 def _remember(
     context: ContextMemory, keys: jax.Array, values: jax.Array, position: jax.Array, kept: jax.Array, done: jax.Array
 ) -> ContextMemory:
-    """Writes those of the rows at `position` [B, n] that are `kept` [B, n], no two of them to one entry.
+    """Write the `kept` [B, n] rows at `position` [B, n] into the context's ring, no two of them to one entry.
 
-    keys, values are [B, G, n, d]; `done` is any array that is known only after `context` has been read.
+    keys and values are [B, G, n, d]; `done` is any array that is known only after `context` has been read.
     """
     window = context.position.shape[1]
     at = after(jnp.where(kept, position % window, window), done)
@@ -175,7 +175,7 @@ def _remember(
 
 
 def trained_exits(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -> Exits:
-    """The loop's callables. Memory has an ExitMemory as `exits` where the kind reads the position before."""
+    """Build the loop's callables; Memory.exits is an ExitMemory if the exits read the position before."""
     heads = exit_heads(config, arrays)
 
     def features(memory: Any, hidden: jax.Array, view: StageView) -> jax.Array:
@@ -193,7 +193,7 @@ def trained_exits(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -
 def shared_columns(
     model: Transformer, arrays: ExitArrays
 ) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array] | None]:
-    """Return what exits share: features [N, D + 1] -> logits [N, V'], and -> logit of all other tokens [N] or None."""
+    """Return functions that all exits share, of features [N, D + 1]: -> logits [N, V'], and `Exits.rest` or None."""
 
     def logits(features: jax.Array) -> jax.Array:
         own = features[:, :-1]
@@ -207,9 +207,9 @@ def shared_columns(
 def reached_features(
     model: Transformer, config: ExitsConfig | None, arrays: ExitArrays | None, hidden: jax.Array
 ) -> jax.Array:
-    """Return what the final norm gives for the nodes of the last stage, and the exits' estimates of it for all others.
+    """Return final features for the nodes of the last stage, and the exits' estimates of them for all others.
 
-    Of hidden states [K, B, W, D], as many; config and arrays are of the exits 1..K-1, None for the model's own.
+    `hidden` and the result are [K, B, W, D]; config and arrays are of the exits 1..K-1, None for the model's own.
     """
     if config is None or arrays is None:
         return model.normed(hidden)
@@ -218,7 +218,7 @@ def reached_features(
 
 
 def base_features(heads: ExitHeads, states: jax.Array) -> jax.Array:
-    """`ExitHeads.base` of nodes: [X, B, W, D] -> [X, B, W, D]."""
+    """Run `ExitHeads.base` on nodes: [X, B, W, D] -> [X, B, W, D]."""
     return heads.base(states.reshape(states.shape[0], -1, states.shape[-1])).reshape(states.shape)
 
 
@@ -232,7 +232,7 @@ def row_features(
     base: jax.Array | None = None,
     context: ContextMemory | None = None,
 ) -> jax.Array:
-    """Compute what X exits give for the nodes, states [X, B, W, D], that have just reached them: [X, B, W, D + 1].
+    """Compute the features of X exits for nodes that have just reached them: [X, B, W, D] -> [X, B, W, D + 1].
 
     `previous` [X, B, W, D] comes from `before_nodes`, None without `needs_previous`; `base` [X, B, W, D] from
     `base_features`, where it is known; `context` is None unless the kind is "attn".
@@ -263,9 +263,9 @@ def context_rows(
     token: jax.Array,
     position: jax.Array,
 ) -> jax.Array:
-    """The context layer over rows that see the committed window and themselves, not one another: [B, n, D].
+    """Run the context layer on rows that see the committed window and themselves, not one another: [B, n, D].
 
-    `previous` [B, n, D] are features of the position before; token and position are [B, n] int32.
+    `previous` [B, n, D] are the features of the position before; token and position are [B, n] int32.
     """
     batch, count = token.shape
     entered = layer.enter_rows(model.embed_tokens(jnp.maximum(token, 0)), previous)
@@ -276,5 +276,5 @@ def context_rows(
 
 
 def exit_heads(config: ExitsConfig, arrays: ExitArrays) -> ExitHeads:
-    """The module over the compiled programs' arrays."""
+    """Build the exit heads from the compiled programs' arrays."""
     return nnx.merge(exit_graph(config), arrays.parameters)

@@ -1,4 +1,4 @@
-"""Trees: how much exit 0 drafts below the heads of a cohort.
+"""The trees that exit 0 drafts below the heads of a cohort.
 
 Letters: P levels of a cohort with its heads.
 """
@@ -15,7 +15,7 @@ from dex_jax.errors import DexError
 from dex_jax.lattice import MIN_LOG_PROBABILITY, SCORE_STEP
 
 TRUSTED = 8
-"""Lengths of match that a tree's lookup has a probability for."""
+"""Number of match lengths that a tree's lookup has a probability for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,15 +24,15 @@ class TreeShape:
 
     Attributes:
       widths: rows of the levels below the heads.
-      drafted: on how many levels the drafter proposes; deeper ones only go on with what the text said before.
+      drafted: number of levels on which the drafter proposes; on deeper ones only the text does.
       lookup: probability that the next token after a suffix match is right, by the length of the match: 8 numbers, for
         1 to 8 tokens (longer ones: `trust`); all 0 switches it off.
       rungs: row counts that a tick may choose from, ascending: exit 0 drafts as many levels and a cohort keeps as many
-        of its most probable rows as are worth their time (decoding/dex/pace.py). Empty for all of them always.
+        of its most probable rows as are worth their time (decoding/dex/pace.py). If empty, every tick runs all rows.
 
     Raises:
-      DexError: no level, a level without rows, more drafted levels than there are, trust that is no probability,
-        or rungs that do not ascend.
+      DexError: no level, a level without rows, more drafted levels than there are, a lookup without 8
+        probabilities, or rungs that do not ascend.
 
     Examples:
       >>> TreeShape((3, 2, 1), drafted=2, lookup=(0.0,) * 8).rows
@@ -62,22 +62,22 @@ class TreeShape:
 
     @property
     def rows(self) -> int:
-        """Rows of the whole tree below one head, the head included."""
+        """Number of rows of the whole tree below one head, the head included."""
         return 1 + sum(self.widths)
 
     @property
     def levels(self) -> int:
-        """P."""
+        """Number of levels P, with that of the heads."""
         return 1 + len(self.widths) + self.tail
 
     @property
     def tail(self) -> int:
-        """Further levels of a row each, on which only the text goes on: it may fill all rows with one chain."""
+        """Number of further levels of one row each, on which the text alone goes on: one chain may fill all rows."""
         return sum(self.widths) - len(self.widths) if any(self.lookup) else 0
 
     @property
     def trust(self) -> np.ndarray:
-        """Logarithms of the probability that the token after a match is right, by its length, 0 to LONGEST: float32.
+        """Log-probability that the token after a match is right, by the match's length 0 to LONGEST: float32.
 
         Beyond `lookup` the share that is wrong falls as 1 / length: the token after a match of 8, 16, 32 and 64 tokens
         was right in 0.87, 0.93, 0.98 and 1.00 of 9,000 cases in code and chat.
@@ -99,15 +99,15 @@ def _chain(length: int) -> TreeShape:
 
 
 LOOKUP_TREES = (_chain(1), _chain(3), _chain(7))
-"""Trees of the text alone, ascending."""
+"""The trees of the text alone, ascending."""
 
 DRAFTED_TREES = tuple(
     TreeShape(widths, drafted, LOOKUP_TRUST)
     for widths, drafted in (((2, 1), 2), ((2, 2, 1, 1, 1), 3), ((4, 3, 2, 2, 1, 1, 1, 1), 8))
 )
-"""Trees of a trained drafter, ascending."""
+"""The trees of a trained drafter, ascending."""
 
 OWN_LAYERS_TREES = tuple(
     TreeShape(widths, len(widths), LOOKUP_TRUST) for widths in ((1, 1, 1), (2, 2, 1, 1, 1), (4, 4, 3, 2, 1, 1))
 )
-"""Trees of a drafter that has layers of its own, whose drafts are worth more rows, ascending."""
+"""The trees of a drafter with layers of its own, ascending; its drafts are worth more rows."""

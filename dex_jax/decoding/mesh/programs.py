@@ -1,11 +1,11 @@
 """The programs of a session on a mesh: each is one jax.shard_map over what a device does (decoding/mesh/stage.py).
 
-Where things lie: layers, caches and hidden states by stage; heads, mlp and vocabulary by tensor; sequences, with their
-lattice, by data. Embedding and unembedding (or its draft slice) are on every stage: stage 1 embeds what is new, every
-exit asks the unembedding about its own rows, and the last stage does for the final token, all at the same time. That is
-K copies of V D numbers, split over a tensor axis. The lattice is on every device, where all keep the same books.
+Layers, caches and hidden states are split by stage; heads, mlp and vocabulary by tensor; sequences, with their lattice,
+by data. Every device of the stage axis has the embedding and the unembedding, V D numbers that are split over a tensor
+axis: stage 1 embeds new tokens, every exit applies the unembedding to its own rows, and the last stage applies it for
+the final token, all at the same time. Every device has the whole lattice, and all update it alike.
 
-Letters: B sequences, R prompt tokens, K stages, D width.
+Letters: B sequences, R prompt tokens, T tokens, K stages, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MEMORY = cache.Memory(_CACHE, _CACHE, _CACHE, _CACHE, BY_SEQUENCE)
 
 
 def prefill_chunk(*arguments: Any, plan: Plan) -> tuple[Any, jax.Array]:
-    """`session.prefill_chunk` on a mesh: a permute of [B, R, D] between devices, then the last states are shared."""
+    """Run `session.prefill_chunk` on a mesh: states [B, R, D] pass the devices in turn, then all get the last ones."""
 
     def run(weights: Any, heads: Any, memory: Any, last: Any, tokens: Any, start: Any, lengths: Any) -> Any:
         device, memory = _device(plan, weights, heads), _own(memory)
@@ -53,7 +53,7 @@ def prefill_chunk(*arguments: Any, plan: Plan) -> tuple[Any, jax.Array]:
         remembers, arrays = plan.remembers, plan.remembering(heads)
         if remembers is not None and arrays is not None:
             exits = remembers.read(device.model, arrays, exits, Chunk(tokens, hidden, start, lengths))
-        # Only now is what the last stage has seen known to all.
+        # The other devices do not have the final states.
         last = from_last_stage(last_states(hidden, last, start, lengths), device.layout.devices)
         if remembers is not None and not remembers.alone:
             exits = from_last_stage(exits, device.layout.devices)
@@ -65,7 +65,7 @@ def prefill_chunk(*arguments: Any, plan: Plan) -> tuple[Any, jax.Array]:
 
 
 def start_decoding(*arguments: Any, plan: Plan, capacity: int) -> Any:
-    """`session.start_decoding` on a mesh: every device chooses token 0 for itself, nothing is sent."""
+    """Run `session.start_decoding` on a mesh: every stage chooses token 0 by itself, without any message."""
     loop = mesh_loop(plan)
 
     def run(
@@ -85,7 +85,7 @@ def start_decoding(*arguments: Any, plan: Plan, capacity: int) -> Any:
 
 
 def run_ticks(*arguments: Any, plan: Plan) -> Any:
-    """`session.run_ticks` on a mesh."""
+    """Run `session.run_ticks` on a mesh."""
     loop = mesh_loop(plan)
 
     def run(weights: Any, heads: Any, state: Any, limits: Any, sampling: Any, until_tick: Any) -> Any:
@@ -103,7 +103,7 @@ def run_ticks(*arguments: Any, plan: Plan) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def mesh_logits(config: ModelConfig, layout: Staged, mesh: Mesh, weights: Any, tokens: jax.Array) -> jax.Array:
-    """Final logits at every position: tokens [B, T] int32 -> [B, T, V] float32, on every device."""
+    """Return the final logits at every position: tokens [B, T] int32 -> [B, T, V] float32, on every device."""
     config = config.at_length(tokens.shape[1])
     plan = Plan("ar", (config.num_layers,), config=config, layout=layout, mesh=mesh)
 
@@ -119,17 +119,17 @@ def mesh_logits(config: ModelConfig, layout: Staged, mesh: Mesh, weights: Any, t
 
 
 def state_specs(plan: Plan) -> Any:
-    """Return the PartitionSpecs of the state that the method's loop carries, a prefix of it."""
+    """Return the PartitionSpecs of the state that the method's loop carries, as a prefix of its tree."""
     return mesh_loop(plan).state_specs(plan, MEMORY)
 
 
 def sampling_specs(sampling: Sampling | None) -> Any:
-    """Return the PartitionSpecs of a Sampling, a prefix of it."""
+    """Return the PartitionSpecs of a Sampling, as a prefix of its tree."""
     return EVERYWHERE if sampling is None else Sampling(BY_SEQUENCE, EVERYWHERE, EVERYWHERE, EVERYWHERE)
 
 
 def head_specs(heads: Heads) -> Heads:
-    """Return PartitionSpecs of trained heads: a stage's exit on its stage, a drafter and what all share everywhere."""
+    """Return the PartitionSpecs of trained heads: exits by stage, a drafter and what all exits share everywhere."""
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         return EVERYWHERE if "context" in names_in(path) else spec_of("stage")
@@ -142,7 +142,7 @@ def head_specs(heads: Heads) -> Heads:
 
 
 def pad_heads(parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Exit parameters with zeros for the last stage, which has no exit: [K - 1, ...] -> [K, ...]."""
+    """Return exit parameters with zeros for the last stage, which has no exit: [K - 1, ...] -> [K, ...]."""
     return {
         name: value if name.startswith("context.") else np.concatenate([value, np.zeros_like(value[:1])])
         for name, value in parameters.items()
@@ -150,7 +150,7 @@ def pad_heads(parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _device(plan: Plan, weights: Any, heads: Heads) -> StageNetwork:
-    """The network of the device that this is traced for, from its part of the weights."""
+    """Build the network of one device, under shard_map, from its part of the weights."""
     assert plan.layout is not None
     assert plan.mesh is not None
 
@@ -167,7 +167,7 @@ def _device(plan: Plan, weights: Any, heads: Heads) -> StageNetwork:
 
 
 def _own(memory: cache.Memory) -> cache.Memory:
-    """A device's caches without the axis of stages, of which it has one."""
+    """Return a device's caches without the leading axis, which is split over devices and has length 1 on each."""
     return jax.tree.map(lambda x: x[0], memory._replace(exits=()))._replace(exits=memory.exits)
 
 
@@ -176,7 +176,7 @@ def _stacked(memory: cache.Memory) -> cache.Memory:
 
 
 def _together(plan: Plan, advance: Callable[[Any], Any], state: Any, until_tick: jax.Array) -> Any:
-    """`until_done`, the devices of all data rows going on as long as any has a sequence to finish."""
+    """Run `until_done`, in which the whole data axis goes on as long as any device has an unfinished sequence."""
     assert plan.mesh is not None
     if plan.mesh.shape[DATA] == 1:
         return until_done(advance, state, until_tick)
@@ -193,5 +193,5 @@ def _together(plan: Plan, advance: Callable[[Any], Any], state: Any, until_tick:
 
 
 def _mapped(function: Callable[..., Any], plan: Plan, inputs: Any, outputs: Any) -> Callable[..., Any]:
-    # What is said to be the same everywhere is: it comes from a gather or a sum, or from equal inputs.
+    # Outputs that are declared equal everywhere are equal: they come from gathers, sums or equal inputs.
     return jax.shard_map(function, mesh=plan.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)

@@ -1,9 +1,9 @@
-"""The work of one device of a mesh, under shard_map: its own stages of the network, and what it tells the others.
+"""The work of one device of a mesh, under shard_map: its own stages of the network, and its messages to the others.
 
-Every device keeps the whole lattice, drafts for itself and moves all in the same way, so all that passes between
-devices in a tick is: hidden states of one cohort to the next device, one permute; what each exit proposes and the final
-layer's tokens, one gather of integers; and, only for exits or a drafter that read the position before, the features of
-each stage's cohort, one more gather.
+Every device keeps the whole lattice, drafts for itself and updates both alike, so only this passes between devices in a
+tick: the hidden states of one cohort to the next device, in one permute; the exits' proposals and the final layer's
+tokens, in one gather of integers; and, only for exits or a drafter that read the position before, the features of each
+stage's cohort, in one more gather.
 
 A device sees its layers as a small unrolled model, so that the functions of nn/forward.py run here unchanged.
 
@@ -58,16 +58,15 @@ from dex_jax.sampling import Sampling
 
 
 class StageNetwork(NamedTuple):
-    """The callables of one device."""
+    """The model and the callables that one device of a mesh runs."""
 
     model: Transformer  # the layers of this device's stages, unrolled, and embedding, final norm and unembedding
     layout: Staged  # of all stages over the devices
     in_use: InUse  # by layer of `model`, whether this device has it: those that pad shorter stages are skipped
-    # `advance` runs these stages, `commit` leaves what exits remember as it is; of its exits only what follows the
-    # features is used.
+    # `advance` runs these stages, and `commit` does not change Memory.exits; the `features` of its exits are not used.
     network: Network
-    # hidden [S, B, W, D] of these stages -> what all devices must know of it: the features of all stages' cohorts
-    # [K, B, W, D], or () where nobody reads the position before.
+    # hidden [S, B, W, D] of these stages -> features of all stages' cohorts [K, B, W, D], or () where nothing reads the
+    # position before.
     share: Callable[[jax.Array], Any]
     remember: Callable[[Any, Committed, Any], Any]  # (Memory.exits, Committed, shared) -> Memory.exits
     # (Memory.exits, hidden [S, B, W, D], view, shared) -> [S, B, W, D'], of the exits of these stages.
@@ -75,10 +74,10 @@ class StageNetwork(NamedTuple):
 
 
 def stage_network(model: Transformer, plan: Plan, heads: Heads) -> StageNetwork:
-    """The callables of the device that this is traced for.
+    """Build the callables of one device, under shard_map.
 
-    The model has its layers, unrolled; the plan is of the whole generation, its layout gives the depths; heads have of
-    the exits those of its stages alone (the last stage has none, and zeros in its place).
+    `model` has this device's layers, unrolled; `plan` is that of the whole generation, and its layout gives the depths;
+    `heads` have only the exits of this device's stages, and zeros for the last stage, which has no exit.
     """
     assert plan.layout is not None
     layout, in_use, own = plan.layout, layers_in_use(plan.layout), None
@@ -88,10 +87,10 @@ def stage_network(model: Transformer, plan: Plan, heads: Heads) -> StageNetwork:
         exits, own = trained_exits(model, plan.exits, heads.exits), exit_heads(plan.exits, heads.exits)
     drafter = None
     if plan.drafter is not None and heads.drafter is not None:
-        # What nodes have reached is shared by all stages: nobody computes it here.
+        # `step` sets its `reached`, as that comes from all stages.
         drafter = plan.drafter.drafter(model, heads.drafter)
     drafts = plan.drafts
-    counts = None if drafts is None or not drafts.rungs else drafts.counts  # as ticks choose of them
+    counts = None if drafts is None or not drafts.rungs else drafts.counts  # those that ticks choose from
     network = transformer_network(model, layout.device_depths, exits, in_use=in_use, drafter=drafter, counts=counts)
 
     def share(hidden: jax.Array) -> Any:
@@ -127,17 +126,17 @@ def stage_network(model: Transformer, plan: Plan, heads: Heads) -> StageNetwork:
 
 
 def own_part(by_stage: jax.Array, layout: Staged) -> jax.Array:
-    """Return the part [S, ...] of an array [K, ...] that is of this device's stages."""
+    """Return the part [S, ...] of an array [K, ...] that belongs to this device's stages."""
     return jax.lax.dynamic_slice_in_dim(by_stage, jax.lax.axis_index(STAGE) * layout.held, layout.held)
 
 
 def gathered(own: jax.Array, layout: Staged) -> jax.Array:
-    """Return the arrays [S, ...] of all devices, one after the other: [K, ...]."""
+    """Gather the arrays [S, ...] of all devices, one after the other: [K, ...]."""
     return own if layout.devices == 1 else jax.lax.all_gather(own, STAGE, tiled=True)
 
 
 def own_stages(view: StageView, layout: Staged) -> StageView:
-    """Return the view of a network that has this device's stages alone."""
+    """Return the part of a view that belongs to this device's stages."""
     by_stage = ("ring", "token", "position", "live", "ancestors", "parent")
     return view._replace(**{name: own_part(getattr(view, name), layout) for name in by_stage})
 
@@ -149,7 +148,7 @@ def is_last(layout: Staged) -> jax.Array:
 
 
 def layers_in_use(layout: Staged) -> InUse:
-    """By place, whether this device has a layer there: None where every device has one."""
+    """Return by place whether this device has a layer there, as bool scalars; None where every device has one."""
     device = jax.lax.axis_index(STAGE)
     return [None if None not in row else jnp.asarray([x is not None for x in row])[device] for row in layout.places]
 
@@ -162,12 +161,12 @@ def step(
     decs: bool,
     drafts: TreeShape | None,
 ) -> DexState:
-    """One tick with an explorer on each of K > 1 stages, as `loop.step`, which several devices share evenly.
+    """Run one tick, as `loop.step`, with an explorer on each of K > 1 stages, which the devices share evenly.
 
-    Exits are asked before the commit is known, all stages and the final layer at once, and what nodes propose that the
-    collapse then buries is dropped: one exchange instead of two, and no head waits for another. Of a path that is
-    committed in one tick, a context layer of the exits sees the root alone before the next one. The state's `hidden`,
-    [S, B, W, D], and caches are of this device's stages alone.
+    The exits of all stages and the final layer are asked at once, before the commit is known, and proposals below nodes
+    that the collapse removes are dropped: this takes one exchange instead of two, and no head waits for another. Where
+    a tick commits a path, the context layer of exits sees only its root before the next tick. The state's `hidden`,
+    [S, B, W, D], and its caches belong to this device's stages alone.
     """
     network, before = device.network, state.memory.exits
     state, view = begin_tick(state, sampling)
@@ -193,7 +192,7 @@ def step(
 
 
 def advance(device: StageNetwork, state: DexState, view: StageView) -> DexState:
-    """This device's stages run their cohorts, the first of which arrives from the device before."""
+    """Run the cohorts of this device's stages; the first of them arrives from the device before."""
     network = device.network
     entering = network.embed(view.token[0], view.position[0]).astype(state.hidden.dtype)[None]
     if device.layout.devices > 1:
@@ -213,7 +212,7 @@ def ask_own_exit(
     sampling: Sampling | None,
     decs: bool,
 ) -> Proposals:
-    """Return what these stages' exits propose below their nodes, fields [S, B, W]: nothing on the last stage."""
+    """Return the proposals of this device's exits below their nodes, fields [S, B, W]; the last stage has none."""
     own = own_stages(view, device.layout)
     asking = own.live & ~is_last(device.layout)
 
@@ -228,10 +227,10 @@ def ask_own_exit(
 
 
 def exchange(own: Proposals, token: jax.Array, layout: Staged) -> tuple[Proposals, jax.Array]:
-    """Share what every stage proposes and the last one has chosen with all devices: one gather of [S, B, W, 2] int32.
+    """Share all proposals and the final layer's tokens with all devices, by one gather of [S, B, W, 2] int32.
 
-    Of these stages' `own` proposals, fields [S, B, W] and none of them valid on the last stage, and the final layer's
-    `token` [B, W] int32, which counts there alone: gives (fields [K - 1, B, W], token [B, W]).
+    `own` are the proposals of this device, fields [S, B, W], none of them valid on the last stage; `token` [B, W] int32
+    counts on the last stage alone. Gives (proposals with fields [K - 1, B, W], token [B, W]).
     """
     word = jnp.where(own.valid, own.token, NO_TOKEN)
     word = jnp.where(is_last(layout), token, word)
@@ -245,10 +244,10 @@ def exchange(own: Proposals, token: jax.Array, layout: Staged) -> tuple[Proposal
 def extend_stages(
     device: StageNetwork, memory: Memory, tokens: jax.Array, start: jax.Array, lengths: jax.Array | None = None
 ) -> tuple[jax.Array, Memory]:
-    """`forward.extend` over the devices in turn, a permute between two; each computes in its own turn only.
+    """Run `forward.extend` on one device after the other, with a permute between two of them.
 
-    Of sequences that end, `lengths` says where, before `start` nothing is kept; None keeps all. Hidden states are those
-    at depth L on the last stage and nothing of use elsewhere.
+    Nothing is written for sequences that end, by `lengths` [B] int32, at `start` or before; None writes all. The hidden
+    states are those at depth L on the last stage, and of no use elsewhere.
     """
     batch, rows = tokens.shape
     positions = start[:, None] + jnp.arange(rows)[None, :]
@@ -274,9 +273,9 @@ def through_stages(
     used: jax.Array | None = None,
     counts: tuple[int, ...] = (),
 ) -> tuple[jax.Array, Any]:
-    """`forward.run_rows` over the devices in turn, a permute between two; each computes in its own turn only.
+    """Run `forward.run_rows` on one device after the other, with a permute between two of them.
 
-    Of N rows only the first `used` count, of which as many are run as the least of the row counts that holds them.
+    Only the first `used` of N rows count, and the smallest of `counts` (or N) that holds them is run; None runs all.
     Gives (hidden states as `extend_stages`, keys and values of this device's layers).
     """
     leaf, rows, layers = memory.keys[0], x.shape[1], range(len(memory.keys))
@@ -296,7 +295,7 @@ def through_stages(
 
         if device.layout.devices == 1:
             return run(x, fresh)
-        # Caches are read here and written by who asked: passed through a conditional they would be copied.
+        # The caller writes the caches: passed through a conditional they would be copied.
         x, fresh = jax.lax.cond(jax.lax.axis_index(STAGE) == turn, run, lambda x, fresh: (x, fresh), x, fresh)
         if turn < device.layout.devices - 1:
             x = jax.lax.ppermute(x, STAGE, [(turn, turn + 1)])
@@ -304,10 +303,10 @@ def through_stages(
 
 
 def pipeline(device: StageNetwork, counts: tuple[int, ...]) -> Network:
-    """One explorer over all stages, for `loop.step`: with several the pipeline that runs trees, a rival of DEX.
+    """Build the network of one explorer over all stages, for `loop.step`: a pipeline that runs trees, a rival of DEX.
 
-    In a tick a cohort goes through the stages one after the other, then all devices hear its states at depth L. Row
-    counts that are compiled are `counts`, and all.
+    In a tick a cohort runs through one stage after the other, then all devices get its states at depth L. The programs
+    are compiled for `counts` rows, and for all.
     """
 
     def advance(memory: Memory, hidden: jax.Array, view: StageView) -> tuple[jax.Array, Memory]:
@@ -327,7 +326,7 @@ def pipeline(device: StageNetwork, counts: tuple[int, ...]) -> Network:
 
 
 def ar_step(device: StageNetwork, state: ARState, limits: Limits, sampling: Sampling | None = None) -> ARState:
-    """One token for every sequence that is not done: `ar.step` over the devices, with one gather."""
+    """Decode one token for every sequence that is not done, as `ar.step`, with one gather."""
     hidden, memory = extend_stages(device, state.memory, state.token[:, None], state.prefix)
     token = jax.lax.cond(
         jax.lax.axis_index(STAGE) == device.layout.devices - 1,
@@ -335,13 +334,13 @@ def ar_step(device: StageNetwork, state: ARState, limits: Limits, sampling: Samp
         lambda: jnp.zeros_like(state.token),
     )
     if device.layout.devices > 1:
-        # A gather takes half the messages of a sum, and of this there is next to nothing to send.
+        # A gather takes half the messages of a sum, and tokens are small.
         token = jax.lax.all_gather(token, STAGE)[-1]
     return emitted(state, memory, token, limits)
 
 
 def from_last_stage(tree: Any, devices: int) -> Any:
-    """Broadcast what the last of these devices has to all of them."""
+    """Broadcast the arrays of the last of `devices` stage devices to all of them."""
     if devices == 1:
         return tree
     last = jax.lax.axis_index(STAGE) == devices - 1

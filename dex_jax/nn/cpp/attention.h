@@ -15,13 +15,13 @@
 
 namespace dex_jax {
 
-// Queries that one piece of attention is done for, at most; a multiple of kTileRows.
+// The most queries that one piece of attention is done for; a multiple of kTileRows.
 constexpr int kQueries = 12;
 static_assert(kQueries % kTileRows == 0);
-// Bytes of keys, or of values, that stay in a core's first cache while all of a piece's queries go by.
+// Number of bytes of keys, or of values, that stay in a core's first cache while all of a piece's queries go by.
 constexpr int64_t kBlock = 16 << 10;
 
-// Keys and values [S, d] of one group, and which keys each row sees: mask [R, S], or [1, S] for all rows.
+// Keys and values [S, d] of one group, and the keys that each row sees: mask [R, S], or [1, S] for all rows.
 template <typename Cached>
 struct Source {
   const Cached* keys;
@@ -103,7 +103,7 @@ void Mix(const float* weights, int64_t step, const Cached* value, int64_t count,
       }
       continue;
     }
-    // What a query does not see may be no number.
+    // Values that a query does not see may be NaN.
     for (int64_t i = s; i < s + here; ++i, value += width) {
       for (int r = 0; r < R; ++r) {
         if (weights[r * step + i] == 0) continue;
@@ -158,7 +158,7 @@ class Attention {
   }
 
  private:
-  // Does `work` with how many queries from `first` on make a tile, known when this is compiled.
+  // Does `work` with the number of queries from `first` on that make a tile, a constant of the compiler.
   template <int R, typename Work>
   void AtMost(int first, const Work& work) {
     if constexpr (R > 1) {
@@ -167,7 +167,7 @@ class Attention {
     work(std::integral_constant<int, R>());
   }
 
-  // Does `work` with blocks of keys that the piece sees, and where their scores are.
+  // Does `work` with each block of keys that the piece sees, and the place of its scores.
   template <typename Work>
   void EachBlock(const Work& work) const {
     const int64_t block = std::max<int64_t>(1, kBlock / (width_ * static_cast<int64_t>(sizeof(Cached))));
@@ -208,7 +208,7 @@ class Attention {
     mix(std::integral_constant<int, 1>());
   }
 
-  // Turns a query's scores into weights, 0 for keys that its row does not see; whether it sees any.
+  // Turns a query's scores into weights, 0 for keys that its row does not see; returns whether it sees any.
   bool Weigh(float* scores, int64_t row) const {
     for (int64_t s = 0; s < step_ && cap_ > 0; s += kLanes) {
       const Vector capped = Capped(Load(scores + s), cap_);
@@ -256,7 +256,7 @@ class Attention {
   int64_t length_ = 0, step_;
 };
 
-// What attention is given of one source: arrays as in FewRowsAttention.
+// The operands of attention for one source: arrays as in kernels.cc.
 template <typename Dimensions>
 struct Operand {
   const void* keys;
@@ -265,7 +265,7 @@ struct Operand {
   Dimensions of_keys, of_values, of_mask;
 };
 
-// queries [..., R, H, d], of each source keys and values [..., G, S, d] and mask [..., R or 1, S] -> [..., R, H, d].
+// queries [..., R, H, d]; for each source keys and values [..., G, S, d] and mask [..., R or 1, S] -> [..., R, H, d].
 template <typename Cached, typename Threads, typename Dimensions>
 void AttendAll(const Threads& threads, const Dimensions& of_queries, const float* queries,
                const std::vector<Operand<Dimensions>>& operands, const Dimensions& shape, float cap, float* result) {
@@ -274,8 +274,8 @@ void AttendAll(const Threads& threads, const Dimensions& of_queries, const float
   const int64_t groups = operands[0].of_keys[leading];
   if (SizeOf(shape, 0, shape.size()) == 0) return;
   const int64_t of_group = heads / groups, count = rows * of_group;
-  // Of each group's queries so many at a time that threads end together, and three where that leaves something to do for
-  // each: three take little longer than one.
+  // A piece has so many of a group's queries that threads end together, and at least three if that leaves a piece for each
+  // thread: three take little longer than one.
   const int64_t all = SizeOf(shape, 0, leading) * groups * count, each = all / std::max<int64_t>(1, threads.num_threads());
   const int64_t some = std::min(count, std::clamp<int64_t>(each / 6, std::clamp<int64_t>(each, 1, 3), kQueries));
   const int64_t parts = Quotient(count, some);

@@ -1,4 +1,4 @@
-// What is done to rows number by number: heads are turned by their positions, and mlps gated.
+// Operations on rows number by number: heads are rotated by their positions, and mlps gated.
 
 #ifndef DEX_JAX_ELEMENTS_H_
 #define DEX_JAX_ELEMENTS_H_
@@ -12,7 +12,7 @@
 
 namespace dex_jax {
 
-// Numbers that are work enough to wake another thread for.
+// Number of elements that are work enough to wake another thread for.
 constexpr int64_t kElements = 1 << 14;
 
 // Does `work` with rows 0..count-1 of `width` numbers each, on all threads.
@@ -25,7 +25,7 @@ void EachRow(const Threads& threads, int64_t count, int64_t width, const Work& w
   Share(threads, Quotient(count, some), [&]() -> Pieces::Worker { return part; });
 }
 
-// A head whose pairs (i, i + half) are turned by their angles; what is behind them stays.
+// Rotates the pairs (i, i + half) of a head by their angles; what is behind them stays.
 inline void TurnHead(const float* __restrict head, const float* __restrict cos, const float* __restrict sin,
                      int64_t half, int64_t width, float* __restrict turned) {
   for (int64_t i = 0; i < half; ++i) {
@@ -37,7 +37,7 @@ inline void TurnHead(const float* __restrict head, const float* __restrict cos, 
 }
 
 // Heads side by side [..., R, (H + 2 G) d], cosines and sines [..., R, half] -> queries [..., R, H, d], keys and values
-// [..., G, R, d]; queries and keys are turned. Leading dimensions as in Multiply.
+// [..., G, R, d]; queries and keys are rotated. Leading dimensions are those of Multiply.
 template <typename Threads, typename Dimensions>
 void Turn(const Threads& threads, const Dimensions& of_heads, const float* heads, const Dimensions& of_angles,
           const float* cos, const float* sin, const Dimensions& of_queries, const Dimensions& of_keys, float* queries,
@@ -70,7 +70,7 @@ inline Vector Gelu(Vector x) {
   return 0.5f * x * (1.0f + Capped(0.797884561f * (x + 0.044715f * x * x * x), 1));
 }
 
-// A gate's numbers and then as many others, [count, 2 width] -> their products [count, width], the gate's activated.
+// A gate's numbers and then as many others, [count, 2 width] -> their products [count, width], with the gate activated.
 template <typename Threads>
 void Gate(const Threads& threads, const float* rows, int64_t count, int64_t width, Vector (*activate)(Vector),
           float* gated) {

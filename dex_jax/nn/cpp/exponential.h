@@ -1,4 +1,4 @@
-// The exponential function of vectors, and what is made of it.
+// The exponential function of vectors, and functions that are made of it.
 
 #ifndef DEX_JAX_EXPONENTIAL_H_
 #define DEX_JAX_EXPONENTIAL_H_
@@ -11,7 +11,7 @@ namespace dex_jax {
 
 // e to each of a vector's lanes, to about 1e-7 of it, for lanes up to 0; 0 where nothing of it is left in float32.
 inline Vector Exponential(Vector x) {
-  const Integers gone = x < -87.0f;  // Not so a NaN, which stays one.
+  const Integers gone = x < -87.0f;  // This is false for a NaN, which stays one.
   x = x < -87.0f ? Vector{} - 87.0f : x;
   // x = n ln 2 + rest: adding and taking away 1.5 * 2^23 rounds to a whole number.
   const Vector shifted = x * 1.44269504f + 12582912.0f;

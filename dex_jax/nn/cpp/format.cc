@@ -1,4 +1,4 @@
-// One format of kernels: -DDEX_JAX_FORMAT= says which, TilesOf<Q4_1> or NumbersOf<float>.
+// One format of kernels, which -DDEX_JAX_FORMAT= names: TilesOf<Q4_1> or NumbersOf<float>.
 
 #include "format.h"
 

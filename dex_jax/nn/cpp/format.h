@@ -1,5 +1,5 @@
-// What products know of a format of kernels [out, in]: numbers, or packed weights in tiles. Each is compiled alone (format.cc),
-// when a model needs it.
+// A format of kernels [out, in] for products: numbers, or packed weights in tiles. Each is compiled alone (format.cc), when a
+// model needs it.
 
 #ifndef DEX_JAX_FORMAT_H_
 #define DEX_JAX_FORMAT_H_
@@ -15,11 +15,11 @@ namespace dex_jax {
 struct Format {
   int64_t weight_bytes;  // of numbers; 0 for tiles
 
-  // Of numbers: how few rows are multiplied with outputs [begin, end); and Pack of outputs that many rows are multiplied with.
+  // For numbers: the product of few rows with outputs [begin, end), and Pack for outputs that many rows are multiplied with.
   void (*multiply)(const FewRows& rows, int64_t begin, int64_t end);
   void (*pack)(const void* kernel, int64_t count, int64_t in, Vector* packed);
 
-  // Of tiles: their columns, words and halves; and Tiles::Multiply.
+  // For tiles: their columns, words and halves, and Tiles::Multiply.
   int64_t columns, words, halves;
   void (*multiply_tiles)(const Rows& rows, int64_t first, int64_t count, const uint8_t* tiles, float* result);
 

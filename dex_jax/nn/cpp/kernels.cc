@@ -1,7 +1,7 @@
-// What the model's layers do on a CPU in float32, over kernels and caches that may be kept in bfloat16: norms, products,
-// attention, turned heads and gates, as XLA calls them. Here shapes and dtypes are checked; the headers do the work.
+// The operations of a model's layers on a CPU in float32, over kernels and caches in float32 or bfloat16: norms, products,
+// attention, rotated heads and gates, as XLA calls them. Here shapes and dtypes are checked; the headers do the work.
 //
-// What comes out for a row does not depend on the rows beside it, nor on how many threads work: sums are added up in
+// The result of a row does not depend on the rows beside it, nor on how many threads work: sums are added up in
 // one order.
 
 #include <cstring>
@@ -27,10 +27,10 @@ constexpr XLA_FFI_DataType kFloat32 = XLA_FFI_DataType_F32, kBFloat16 = XLA_FFI_
                            kInt8 = XLA_FFI_DataType_S8, kUint8 = XLA_FFI_DataType_U8, kInt32 = XLA_FFI_DataType_S32,
                            kBool = XLA_FFI_DataType_PRED;
 
-// What handlers return: why they refuse a call, "" where they have done it.
+// The reason why a handler refuses a call; "" where it has done it.
 using Refusal = std::string;
 
-// Whether the first `leading` dimensions of an operand are those of the result, or 1.
+// Returns whether the first `leading` dimensions of an operand are those of the result, or 1.
 bool Leads(Dimensions operand, Dimensions result, size_t leading) {
   for (size_t d = 0; d < leading; ++d)
     if (operand[d] != 1 && operand[d] != result[d]) return false;
@@ -41,7 +41,7 @@ bool Leads(Dimensions operand, Dimensions result, size_t leading) {
 std::mutex loading;
 std::map<std::string, const Format*, std::less<>> loaded;
 
-// The format of a kernel: what a program calls it, and numbers of a dtype where it does not.
+// Returns the name of a kernel's format: the one that a program gives, or the dtype of its numbers.
 std::string_view NameOf(XLA_FFI_DataType type, std::string_view format) {
   if (!format.empty()) return type == kUint8 || type == kInt8 ? format : "tiles of another dtype than bytes";
   if (type == kFloat32) return "float32";
@@ -54,8 +54,8 @@ const Format* Loaded(std::string_view name) {
   return found == loaded.end() ? nullptr : found->second;
 }
 
-// The one of `count` operands from `first` on whose number the operand behind them holds; a single one stands alone.
-// None where there is no such number.
+// Returns the operand, of `count` from `first` on, with the number that `number` holds, or the only one; null where there is
+// no such number.
 const XLA_FFI_Buffer* OneOf(const Call& call, int64_t first, int64_t count, const Array& number) {
   if (count == 1) return call.buffer(first);
   if (number.type != kInt32 || SizeOf(number.dimensions, 0, number.dimensions.size()) != 1) return nullptr;
@@ -81,7 +81,7 @@ Refusal Product(const Call& call) {
   const std::string_view name = NameOf(kernel.type, call.String("format"));
   const Format* const format = Loaded(name);
   if (!format) return "kernels in " + std::string(name) + " have not been loaded";
-  // Of numbers a row has as many as it has columns, of tiles as many bytes as they take.
+  // A row has as many numbers as columns, or as many bytes as its tiles take.
   const int64_t in = of_rows[rank - 1], width = format->weight_bytes > 0 ? in : format->bytes_of(in);
   if (!format->takes(in) || of_kernel[rank - 1] != width)
     return "a kernel's rows are as long as those that it is multiplied with";
@@ -108,8 +108,8 @@ Refusal Norm(const Call& call) {
   return "";
 }
 
-// Of each source keys and values [..., G, S, d] and mask [..., R or 1, S]. `choices` says how many keys and values there
-// are of each source, of which the number behind the queries says which are meant; without it there is one of each.
+// Each source has keys and values [..., G, S, d] and mask [..., R or 1, S]. `choices` says how many keys and values each
+// source has; the number behind the queries says which are meant. Without it there is one of each.
 Refusal Attention(const Call& call) {
   const std::pair<const int64_t*, int64_t> choices = call.Integers("choices");
   const int64_t begin = choices.second > 0 ? 2 : 1;
@@ -157,7 +157,7 @@ Refusal Attention(const Call& call) {
   return "";
 }
 
-// Heads side by side, their cosines and sines -> queries, keys and values.
+// Splits heads side by side into queries, keys and values, and rotates queries and keys by cosines and sines.
 Refusal Turn(const Call& call) {
   if (call.size() != 3 || call.results() != 3) return "heads come with cosines and sines, and become three arrays";
   const Array heads = call[0], cos = call[1], sin = call[2], queries = call.result(0), keys = call.result(1);
@@ -201,8 +201,8 @@ Refusal Gate(const Call& call) {
   return "";
 }
 
-// From which position on [B], which rows [B, P], of which keys and values, into which layers' keys and values, in place.
-// Those to choose from are keys and values of all layers, [L, B, G, N, d], or of each, [B, G, N, d].
+// Writes rows `row` [B, P] at positions from `start` [B] on into the keys and values of layers, in place.
+// The rows to choose from are keys and values of all layers, [L, B, G, N, d], or of each, [B, G, N, d].
 Refusal Write(const Call& call) {
   const int64_t caches = call.results(), layers = caches / 2, margin = call.Integer("margin");
   const int64_t given = call.size() - 2 - caches;

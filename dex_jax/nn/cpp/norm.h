@@ -25,8 +25,8 @@ inline void NormRow(const float* row, const float* scale, int64_t width, float e
   for (int64_t i = 0; i < width; ++i) normed[i] = row[i] * inverse * scale[i];
 }
 
-// rows [..., R, width], scale [..., width] -> rows over their root mean square, times the scale. Leading dimensions as in
-// Multiply: all but the scale's last.
+// rows [..., R, width], scale [..., width] -> rows over their root mean square, times the scale. Leading dimensions are all
+// but the scale's last, and may be 1 as in Multiply.
 template <typename Threads, typename Dimensions>
 void Normalise(const Threads& threads, const Dimensions& of_rows, const float* rows, const Dimensions& of_scale,
                const float* scale, const Dimensions& shape, float epsilon, float* result) {

@@ -1,4 +1,4 @@
-// Kernels [out, in] of numbers, float32 or bfloat16: how few rows are multiplied while weights go by, and how rows are packed.
+// Kernels [out, in] of numbers, float32 or bfloat16: products of few rows as weights go by, and the packing of rows.
 
 #ifndef DEX_JAX_NUMBERS_H_
 #define DEX_JAX_NUMBERS_H_
@@ -10,16 +10,16 @@
 
 namespace dex_jax {
 
-// Few rows that are multiplied at once.
+// Number of few rows that are multiplied at once.
 constexpr int kGroup = 8;
-// Of memory, in bytes.
+// Size of a page of memory in bytes.
 constexpr int kPage = 4096;
-// Outputs of a tile of many rows.
+// Number of outputs in a tile of many rows.
 constexpr int kTileOutputs = 4;
 
-// Outputs that R rows are multiplied with at once, for whose sums there are vector registers. One or two rows of floats wait
-// for memory, which is read fastest one output after another; else a row's vector is loaded once for all outputs, and sums do
-// not wait for each other.
+// Number of outputs that R rows are multiplied with at once, as far as vector registers hold their sums. One or two rows of
+// floats wait for memory, which is read fastest one output after another; else a row's vector is loaded once for all outputs,
+// and sums do not wait for each other.
 template <typename Weight>
 constexpr int OutputsOf(int rows) {
   constexpr bool many_registers = kLanes == 16;
@@ -54,7 +54,7 @@ struct FewRows {
 
 template <typename Weight>
 struct FewRowsOf : FewRows {
-  // Outputs [begin, end) of all rows.
+  // Computes outputs [begin, end) of all rows.
   void Outputs(int64_t begin, int64_t end) const {
     for (int64_t first = 0; first < count; first += kGroup) AtMost<kGroup>(first, begin, end);
   }
@@ -70,12 +70,12 @@ struct FewRowsOf : FewRows {
     Block<R, 1>(first, begin, end);
   }
 
-  // Outputs [begin, end) of R rows, O at a time, as far as there are so many; returns the next. Inlined into its callers
-  // this loop runs short of registers.
+  // Computes outputs [begin, end) of R rows, O at a time as long as there are O; returns the next output. Inlined into its
+  // callers this loop runs short of registers.
   template <int R, int O>
   __attribute__((noinline)) int64_t Block(int64_t first, int64_t begin, int64_t end) const {
     const int64_t whole = in / kLanes;
-    // Memory is asked for from front to back, but for rows of whole pages, which the CPU itself follows side by side.
+    // Memory is prefetched from front to back, except for rows of whole pages, which the CPU itself follows side by side.
     const bool follows = in * static_cast<int64_t>(sizeof(Weight)) >= kPage;
     const int64_t output_step = follows ? in : kLanes, vector_step = (follows ? 1 : O) * kLanes;
     const int64_t ahead = kAhead / static_cast<int64_t>(sizeof(Weight));

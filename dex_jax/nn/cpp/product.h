@@ -1,7 +1,8 @@
 // Products of rows with a kernel [out, in] of any format, which is read as it lies.
 //
-// Of numbers a result is the sum of one vector of lanes, added up from the first column to the last and then over its lanes,
-// however many rows are beside it: few are multiplied while a weight goes by, many in tiles. Packed weights lie in tiles.
+// With a kernel of numbers, a result is the sum of one vector of lanes, added up from the first column to the last and then
+// over its lanes, however many rows are beside it: few are multiplied as weights go by, many in tiles. Packed weights lie in
+// tiles.
 
 #ifndef DEX_JAX_PRODUCT_H_
 #define DEX_JAX_PRODUCT_H_
@@ -17,10 +18,10 @@
 
 namespace dex_jax {
 
-// Up to so many rows wait for memory, and weights are multiplied as they come from there. More wait for arithmetic.
+// The most rows that wait for memory: weights are multiplied as they come from there. More rows wait for arithmetic.
 constexpr int kFewRows = 16;
 
-// Tiles of fewer than 16 outputs, or whose last one has fewer than 32 columns, as whole ones: what is not there is 0.
+// Returns tiles with fewer than 16 outputs, or fewer than 32 columns in the last one, as whole ones, filled up with 0.
 inline const uint8_t* Padded(const Format& format, const uint8_t* tiles, int64_t outputs, int64_t in) {
   const int64_t bytes = kOutputs * (4 * format.words + 2 * format.halves), count = Quotient(in, format.columns);
   auto* const padded = reinterpret_cast<uint8_t*>(Scratch(Quotient(count * bytes + kAhead, sizeof(Vector))));
@@ -38,26 +39,26 @@ inline const uint8_t* Padded(const Format& format, const uint8_t* tiles, int64_t
   return padded;
 }
 
-// What a thread takes at a time, in weights, and a number of outputs that all numbers of outputs at once divide.
+// Number of weights that a thread takes at a time, and a number that all numbers of outputs at once divide.
 constexpr int64_t kPiece = 1 << 14;
 constexpr int64_t kPieceOutputs = 12;
 
-// Many rows: a tile of rows and outputs, whose sums stay in registers while a vector of each row is loaded once.
+// A tile of many rows and of outputs: its sums stay in registers while a vector of each row is loaded once.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 6;
 #else
 constexpr int kTileRows = 3;
 #endif
 constexpr int kTile = kTileRows * kTileOutputs;
-// What stays in a core's first cache: tiles' rows, and vectors of each.
+// Numbers of tiles of rows, and of vectors of each row, that stay in a core's first cache.
 constexpr int kTilesOfRows = 2;
 constexpr int kDepth = 640 / kLanes;
-// Bytes of widened weights that stay in its second cache.
+// Number of bytes of widened weights that stay in its second cache.
 constexpr int64_t kWeights = 192 << 10;
-// Rows that weights are widened for at least.
+// The fewest rows that weights are widened for.
 constexpr int64_t kManyRows = 64;
 
-// As many rows as there are up to N, the group of so many.
+// Packs `count` rows, or N if there are more, as one group.
 template <int N>
 void PackGroup(const float* rows, int64_t count, int64_t in, Vector* packed) {
   if constexpr (N > 1) {
@@ -66,13 +67,13 @@ void PackGroup(const float* rows, int64_t count, int64_t in, Vector* packed) {
   Pack<N, float>(rows, N, in, packed);
 }
 
-// `count` rows in groups of kGroup or fewer.
+// Packs `count` rows in groups of kGroup or fewer.
 inline void PackGroups(const float* rows, int64_t count, int64_t in, Vector* packed) {
   for (int64_t first = 0; first < count; first += kGroup)
     PackGroup<kGroup>(rows + first * in, count - first, in, packed + first * VectorsOf(in));
 }
 
-// A product of many rows, packed by Pack in tiles of kTileRows, of which index[r] says whose results they give.
+// A product of many rows, packed by Pack in tiles of kTileRows; the results of packed row r belong to row index[r].
 struct ManyRows {
   const Format& format;
   const Vector* rows;
@@ -81,7 +82,7 @@ struct ManyRows {
   float* result;
   int64_t count, in, out;
 
-  // Outputs [begin, end) of rows [first, last), first a multiple of kTileRows.
+  // Computes outputs [begin, end) of rows [first, last), first a multiple of kTileRows.
   void Outputs(int64_t begin, int64_t end, int64_t first, int64_t last) const {
     const int64_t vectors = VectorsOf(in), panels = Quotient(end - begin, kTileOutputs);
     const int64_t parts = std::max<int64_t>(1, Quotient(vectors, kDepth)), depth = Quotient(vectors, parts);
@@ -150,7 +151,7 @@ struct ManyRows {
   }
 };
 
-// Which rows [count, in] are not all zeros, as those beyond a prompt's end are: those give zeros without any work.
+// Returns the indices of rows [count, in] that are not all zeros, as those beyond a prompt's end are; their results are 0.
 inline std::vector<int64_t> Live(const float* rows, float* result, int64_t count, int64_t in, int64_t out) {
   std::vector<int64_t> index;
   for (int64_t r = 0; r < count; ++r) {
@@ -215,7 +216,7 @@ void MultiplyMany(const Threads& threads, const Format& format, const float* row
   });
   const int64_t bytes = std::max<int64_t>(1, in * static_cast<int64_t>(sizeof(float)));
   int64_t outputs = std::max<int64_t>(kTileOutputs, kWeights / bytes);
-  // As much for every thread, and something for all of them.
+  // Every thread gets as much as the others.
   const int64_t workers = std::max<int64_t>(1, threads.num_threads());
   outputs = Quotient(Quotient(out, Quotient(Quotient(out, outputs), workers) * workers), kTileOutputs) * kTileOutputs;
   const int64_t pieces = Quotient(out, outputs);

@@ -15,9 +15,9 @@
 
 namespace dex_jax {
 
-// Pieces of work, a row of neighbours for each thread, as memory is read fastest from front to back. Who has done its own
-// takes others'. The caller works too, and then waits only for pieces that somebody is at work on: it cannot wait for a
-// thread that never comes.
+// Pieces of work: each thread has a row of neighbours, as memory is read fastest from front to back, and takes others' when
+// it has done its own. The caller works too, and then waits only for pieces that some thread is at work on: it cannot wait
+// for a thread that never comes.
 class Pieces {
  public:
   using Worker = std::function<void(int64_t)>;
@@ -58,7 +58,7 @@ class Pieces {
   std::atomic<int64_t> arrived_{0}, done_{0};
 };
 
-// Threads that have helped and wait for a moment whether there is more to do: a step is hundreds of short products, and to
+// Threads that have helped and wait a moment for more to do: a step is hundreds of short products, and to
 // wake a thread for each takes as long as a small one.
 class Crew {
  public:
@@ -94,7 +94,7 @@ class Crew {
   using Work = std::shared_ptr<Pieces>;
   static constexpr std::chrono::microseconds kPatience{30};
 
-  // What has been given to a seat; it is empty again where nothing has.
+  // Waits for work at a seat; returns null, and leaves the seat empty, if none comes.
   static const Work* Await(std::atomic<const Work*>& seat) {
     const auto end = std::chrono::steady_clock::now() + kPatience;
     for (int spins = 0; seat.load(std::memory_order_acquire) == &kWaiting; ++spins) {
@@ -139,8 +139,8 @@ int64_t SizeOf(const Dimensions& shape, size_t begin, size_t end) {
   return size;
 }
 
-// Which of an operand's blocks belongs to block `index` of the result, whose first `leading` dimensions number them:
-// each is the same in the operand, or 1 there.
+// Returns which of an operand's blocks belongs to block `index` of the result. The first `leading` dimensions number blocks:
+// each is the same in both, or 1 in the operand.
 template <typename Dimensions>
 int64_t BlockOf(int64_t index, const Dimensions& operand, const Dimensions& result, size_t leading) {
   int64_t block = 0, step = 1;

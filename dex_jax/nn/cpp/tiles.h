@@ -21,11 +21,11 @@
 
 namespace dex_jax {
 
-constexpr int kOutputs = 16;  // of a tile
+constexpr int kOutputs = 16;  // outputs of a tile
 constexpr int kBlockColumns = 32;    // columns of a row that share a scale
 constexpr int kWords = kBlockColumns / 4;
-constexpr int kMostRows = 16;  // that are multiplied while a tile is in registers
-// The largest number of a block: of it, and of its opposite, both digits lie in an int8.
+constexpr int kMostRows = 16;  // rows that are multiplied while a tile is in registers
+// The largest number of a block: both digits of it, and of its opposite, fit into an int8.
 constexpr float kLargest = 127 * 256;
 
 // A block of a row: number i is 256 * high[i] + low[i], and stands for `scale` times as much.
@@ -33,11 +33,11 @@ struct alignas(64) Digits {
   int8_t high[kBlockColumns], low[kBlockColumns];
 };
 struct About {
-  float scale, sum;       // sum: of what the numbers stand for
+  float scale, sum;       // the sum of what the numbers stand for
   int32_t first, second;  // the sums of 16 numbers each
 };
 
-// Rounds `count` numbers of a row, those up to 32 that are not there being 0. A block that is not finite becomes NaN.
+// Rounds `count` numbers of a row, padded with 0 to 32. A block that is not finite becomes NaN.
 inline void Round(const float* row, int64_t count, Digits* digits, About* about) {
   int32_t bits[kBlockColumns] = {};
   std::memcpy(bits, row, std::min<int64_t>(count, kBlockColumns) * sizeof(float));
@@ -65,13 +65,13 @@ inline void Round(const float* row, int64_t count, Digits* digits, About* about)
   *about = {scale, scale * static_cast<float>(first + second), first, second};
 }
 
-// Four columns of the output of each lane.
+// The codes of four columns for the output of each lane.
 typedef uint8_t Bytes __attribute__((vector_size(4 * kLanes)));
 
 #if defined(__ARM_FEATURE_DOTPROD)
 constexpr int kSignedZero = 0;  // Instructions there take signed codes.
 #else
-constexpr int kSignedZero = 128;  // Else a code of 8 bits is taken to be so much more than it is, and no sign is left.
+constexpr int kSignedZero = 128;  // Elsewhere they take unsigned ones: signed codes are raised by this number.
 #endif
 
 // Adds products of codes and four digits, which are the same for all lanes. Narrow codes are below 64.
@@ -105,8 +105,8 @@ Integers Dot(Integers sum, Bytes codes, const int8_t* four) {
 #endif
 }
 
-// A float16 as float32. By hand where there is no instruction: XLA's threads take numbers that are not normal for zeros,
-// and small scales are such.
+// Returns a float16 as float32. It is done by hand where there is no instruction: XLA's threads take subnormal numbers for
+// zeros, and small scales are such.
 inline float HalfAt(const uint8_t* from) {
   uint16_t half;
   std::memcpy(&half, from, sizeof(half));
@@ -119,7 +119,7 @@ inline float HalfAt(const uint8_t* from) {
   return half & 0x8000 ? -value : value;
 }
 
-// What a tile holds of the outputs in a register: words of 4 bytes, then halves.
+// The part of a tile that belongs to the outputs in a register: words of 4 bytes, then halves.
 struct Tile {
   const uint8_t* words;
   const uint8_t* halves;
@@ -144,12 +144,12 @@ struct Tile {
   }
 };
 
-// 32 columns of it: a number is scale * (code - zero of the format) + least; of 16 columns each there may be a scale.
+// 32 columns of a tile: a number is scale * (code - zero of the format) + least; each 16 columns may have a scale.
 struct Part {
   Bytes codes[kWords];
   Vector scale, second, least;
 
-  // The low codes of 4 bits of `count` words, and the high ones.
+  // Reads the low codes of 4 bits of `count` words, and the high ones.
   void Nibbles(const Tile& tile, int from, int count, bool low, bool high) {
     for (int i = 0; i < count; ++i) {
       if (low) codes[i] = tile.Word(from + i) & 15;
@@ -170,9 +170,9 @@ inline Vector Fused(Vector a, Vector b, Vector c) {
 
 inline Vector Float(Integers numbers) { return __builtin_convertvector(numbers, Vector); }
 
-// The formats: of a tile its columns, words and halves; of codes how wide they are, and which stands for 0.
+// The formats: columns, words and halves of a tile; the width of codes, and the code that stands for 0.
 
-// What Q4_0 and Q4_1 have in common: the first 16 columns have the low codes of 16 bytes, the others the high ones.
+// In Q4_0 and Q4_1 the first 16 columns have the low codes of 16 bytes, the others the high ones.
 struct Q4_0 {
   static constexpr int kColumns = 32, kTileWords = 4, kHalves = 1, kZero = 8;
   static constexpr bool kNarrow = true, kLeast = false, kTwo = false;
@@ -212,7 +212,7 @@ struct Q8_0 : Q4_0 {
   }
 };
 
-// The codes alone: products are scaled by whoever asks for them.
+// Codes alone: the caller scales the products.
 struct INT8 : Q8_0 {
   static constexpr int kHalves = 0;
   static void Read(const Tile& tile, int, Part& part) {
@@ -221,8 +221,8 @@ struct INT8 : Q8_0 {
   }
 };
 
-// 256 columns: eight scales and eight numbers to subtract of 6 bits each in the first three words, and two scales of these.
-// Of two times 32 columns the first have the low codes of 32 bytes, the others the high ones.
+// 256 columns: eight scales and eight numbers to subtract, of 6 bits each, in the first three words, and two scales of these.
+// Each two times 32 columns share 32 bytes: the first have the low codes, the others the high ones.
 struct Q4_K : Q4_0 {
   static constexpr int kColumns = 256, kTileWords = 35, kHalves = 2, kZero = 0;
   static constexpr bool kLeast = true;
@@ -254,8 +254,8 @@ struct Q5_K : Q4_K {
   }
 };
 
-// 16 scales of 8 bits for 16 columns each, and a scale of these. Of each 128 columns the first 64 have the low codes of 64
-// bytes, the others the high ones, and two bits more are in 32 bytes.
+// 16 scales of 8 bits for 16 columns each, and a scale of these. Each 128 columns share 64 bytes: the first 64 have the low
+// codes, the others the high ones, and two more bits of all are in 32 bytes.
 struct Q6_K : Q4_0 {
   static constexpr int kColumns = 256, kTileWords = 52, kHalves = 1, kZero = 32;
   static constexpr bool kTwo = true;
@@ -269,7 +269,7 @@ struct Q6_K : Q4_0 {
   }
 };
 
-// Rows that have been rounded: of row r all its blocks from r * blocks on.
+// Rounded rows: the blocks of row r begin at r * blocks.
 struct Rows {
   const Digits* digits;
   const About* about;
@@ -281,7 +281,7 @@ struct Tiles {
   static constexpr int64_t kTileBytes = kOutputs * (4 * Format::kTileWords + 2 * Format::kHalves);
   static constexpr int kParts = Format::kColumns / kBlockColumns;
 
-  // 16 outputs, whose tiles lie one behind the other, of `count` rows from `first` on: [count, 16].
+  // Computes 16 outputs, with tiles one behind the other, of `count` rows from `first` on: [count, 16].
   static void Multiply(const Rows& rows, int64_t first, int64_t count, const uint8_t* tiles, float* result) {
     Some<kMostRows>(rows, first, count, tiles, result);
   }

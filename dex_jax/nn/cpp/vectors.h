@@ -1,4 +1,4 @@
-// Vectors of float32 as wide as this CPU's registers, what is loaded into them, and how their lanes are added up.
+// Vectors of float32 as wide as this CPU's registers: how they are loaded, and how their lanes are added up.
 
 #ifndef DEX_JAX_VECTORS_H_
 #define DEX_JAX_VECTORS_H_
@@ -20,7 +20,7 @@ constexpr int kLanes = 8;
 #endif
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float))));
 
-// As many integers; what a comparison of vectors gives is -1 or 0 in each lane.
+// As many integers; a comparison of vectors gives -1 or 0 in each lane.
 typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 inline bool AnyOf(Integers lanes) {
@@ -35,11 +35,11 @@ inline bool AnyOf(Integers lanes) {
 #endif
 }
 
-// Of a cache, in bytes, and how far ahead of the weight in use memory is asked for.
+// Size of a cache line, and distance between the weight in use and the one that is prefetched, in bytes.
 constexpr int kLine = 64, kAhead = 2048;
 
-// a * b + c. A compiler that may choose rounds once here and twice there, and a row would come out differently beside
-// others; so it is told.
+// Returns a * b + c. The instruction is explicit, as a compiler that may choose rounds once here and twice there, and a row
+// would come out differently beside others.
 inline Vector MultiplyAdd(Vector a, Vector b, Vector c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
@@ -53,7 +53,7 @@ inline Vector MultiplyAdd(Vector a, Vector b, Vector c) {
 #endif
 }
 
-// The same, which the compiler keeps in a register: it would load it anew for every product otherwise.
+// Returns x, which the compiler then keeps in a register: it would load it anew for every product otherwise.
 inline Vector InRegister(Vector x) {
 #if defined(__AVX__)
   asm("" : "+v"(x));
@@ -61,8 +61,8 @@ inline Vector InRegister(Vector x) {
   return x;
 }
 
-// This thread's own memory for `count` vectors, until it asks again. It begins with a cache line: to load a vector that
-// lies across two takes twice as long. What other cores read, which is slow to write to, has a memory of its own.
+// Returns this thread's own memory for `count` vectors, until its next call. It begins with a cache line: to load a vector
+// that lies across two takes twice as long. Memory that other cores read, which is slow to write to, is kept apart.
 template <bool kForOthers = false>
 Vector* Scratch(int64_t count) {
   thread_local std::unique_ptr<char[]> memory;
@@ -86,7 +86,7 @@ inline Vector Load(const BFloat16* from) {
   return reinterpret_cast<Vector>(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Integers) << 16);
 }
 
-// The first `count` of a vector, then zeros.
+// Loads the first `count` numbers of a vector, then zeros.
 template <typename Weight>
 Vector LoadSome(const Weight* from, int64_t count) {
   Weight lanes[kLanes] = {};
@@ -96,7 +96,7 @@ Vector LoadSome(const Weight* from, int64_t count) {
 
 inline int64_t VectorsOf(int64_t columns) { return (columns + kLanes - 1) / kLanes; }
 
-// The sum of N lanes, halves first.
+// Returns the sum of N lanes, halves first.
 template <int N>
 float SumOf(const float* lanes) {
   typedef float Half __attribute__((vector_size(N / 2 * sizeof(float)), aligned(sizeof(float))));
@@ -110,7 +110,7 @@ float SumOf(const float* lanes) {
 
 inline float SumOf(const Vector& vector) { return SumOf<kLanes>(reinterpret_cast<const float*>(&vector)); }
 
-// The sums of four vectors, each to the last bit as SumOf gives it.
+// Writes the sums of four vectors, each to the last bit as SumOf gives it.
 inline void SumsOf(const Vector* of, float* sums) {
 #if defined(__AVX__)
 #if defined(__AVX512F__)
@@ -124,7 +124,7 @@ inline void SumsOf(const Vector* of, float* sums) {
 #endif
   const __m256 ac = _mm256_add_ps(_mm256_permute2f128_ps(a, c, 0x20), _mm256_permute2f128_ps(a, c, 0x31));
   const __m256 bd = _mm256_add_ps(_mm256_permute2f128_ps(b, d, 0x20), _mm256_permute2f128_ps(b, d, 0x31));
-  // Two lanes are left of each: a and b below, c and d above.
+  // Two lanes of each are left: a and b below, c and d above.
   const __m256 pairs = _mm256_add_ps(_mm256_shuffle_ps(ac, bd, 0x44), _mm256_shuffle_ps(ac, bd, 0xee));
   const __m128 low = _mm256_castps256_ps128(pairs), high = _mm256_extractf128_ps(pairs, 1);
   _mm_storeu_ps(sums, _mm_add_ps(_mm_shuffle_ps(low, high, 0x88), _mm_shuffle_ps(low, high, 0xdd)));

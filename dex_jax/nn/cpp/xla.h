@@ -1,4 +1,4 @@
-// Calls from XLA, as its C API passes them: the C++ headers that jaxlib has for it take two seconds to compile.
+// Calls from XLA by its C API, as the C++ headers that jaxlib has for it take two seconds to compile.
 
 #ifndef DEX_JAX_XLA_H_
 #define DEX_JAX_XLA_H_
@@ -52,7 +52,7 @@ class Threads {
     return Failed(api_->XLA_FFI_ThreadPool_NumThreads(&asked)) ? 1 : count;
   }
 
-  // Without a thread to do it, the caller does.
+  // Gives work to another thread; the caller does it where there is none.
   void Schedule(std::function<void()> work) const {
     auto* const held = new std::function<void()>(std::move(work));
     const auto run = [](void* data) {
@@ -96,7 +96,7 @@ class Call {
   float Float(std::string_view name) const { return Number<float>(name, XLA_FFI_DataType_F32); }
   int64_t Integer(std::string_view name) const { return Number<int64_t>(name, XLA_FFI_DataType_S64); }
 
-  // Where they are, and how many.
+  // Returns where an attribute's integers are, and their number.
   std::pair<const int64_t*, int64_t> Integers(std::string_view name) const {
     const auto* const found = static_cast<const XLA_FFI_Array*>(Attribute(name, XLA_FFI_AttrType_ARRAY));
     if (!found || found->dtype != XLA_FFI_DataType_S64) return {nullptr, 0};
@@ -121,7 +121,7 @@ class Call {
   const XLA_FFI_CallFrame* const frame_;
 };
 
-// What a handler gives XLA for a call: why it is refused, if it is. XLA first asks for the version of the API.
+// Returns what XLA expects of a call: null, or an error where `work` refuses it. XLA first asks for the version of the API.
 inline XLA_FFI_Error* Handle(XLA_FFI_CallFrame* frame, std::string (*work)(const Call&)) {
   if (frame->extension_start && frame->extension_start->type == XLA_FFI_Extension_Metadata) {
     XLA_FFI_Metadata* const asked = reinterpret_cast<XLA_FFI_Metadata_Extension*>(frame->extension_start)->metadata;
