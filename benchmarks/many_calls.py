@@ -46,7 +46,7 @@ def main() -> None:
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
     lm = dex_jax.load(args.model)
-    random, begin = np.random.default_rng(0), time.perf_counter()
+    random, started = np.random.default_rng(0), time.perf_counter()
     print(f"loaded: {resident():.2f} GB")
     for call in range(1, args.calls + 1):
         lengths = random.integers(5, 301, random.integers(1, 5))
@@ -62,7 +62,7 @@ def main() -> None:
         )
         if call in (1, 5, 20, 60, args.calls):
             most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-            programs, seconds = compiled.count(COMPILING), time.perf_counter() - begin
+            programs, seconds = compiled.count(COMPILING), time.perf_counter() - started
             print(
                 f"{call} calls: {resident():.2f} GB, at most {most:.2f}; {programs} programs; {seconds:.0f} s",
                 flush=True,

@@ -59,12 +59,12 @@ def llama(file: str, threads: int) -> tuple[dict[str, Any], Callable[[list[int],
 
     def answer(ids: list[int], new_tokens: int) -> dict[str, Any]:
         model.reset()
-        begin = time.perf_counter()
+        started = time.perf_counter()
         tokens = [step(ids)]
         first = time.perf_counter()
         while len(tokens) < new_tokens:
             tokens.append(step(tokens[-1:]))
-        return {"tokens": tokens, "prefill_seconds": first - begin, "decode_seconds": time.perf_counter() - first}
+        return {"tokens": tokens, "prefill_seconds": first - started, "decode_seconds": time.perf_counter() - first}
 
     return {"llama-cpp-python": llama_cpp.__version__}, answer
 
@@ -81,9 +81,9 @@ def transformers(threads: int) -> tuple[dict[str, Any], Callable[[list[int], int
     model.generation_config.eos_token_id = None  # without the processor that min_new_tokens would add to each step
 
     def timed(ids: list[int], new_tokens: int) -> tuple[float, list[int]]:
-        prompt, begin = torch.tensor([ids]), time.perf_counter()
+        prompt, started = torch.tensor([ids]), time.perf_counter()
         out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=new_tokens)
-        return time.perf_counter() - begin, out[0, len(ids) :].tolist()
+        return time.perf_counter() - started, out[0, len(ids) :].tolist()
 
     def answer(ids: list[int], new_tokens: int) -> dict[str, Any]:
         (prefill, _), (total, tokens) = timed(ids, 1), timed(ids, new_tokens)

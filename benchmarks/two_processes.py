@@ -1,4 +1,4 @@
-"""Drafts and explorers on two processes with a core each, the smallest real mesh there is, against AR in a pipeline.
+"""A comparison of drafts and explorers with a pipeline of AR on the smallest real mesh, two processes of a core each.
 
     python benchmarks/two_processes.py --data HumanEval.jsonl.gz question_240.jsonl --depths 18,30 \\
         --output results/two_processes
@@ -29,7 +29,7 @@ from dex_jax.errors import DexError
 from dex_jax.tables import markdown
 
 FOREVER = 2**30
-"""Ticks between two updates."""
+"""Number of ticks between two updates, so that there are none."""
 
 AR, TREES, SILENT, DEX = "AR", "one explorer's trees", "explorers without drafts", "explorers with drafts"
 
@@ -64,45 +64,46 @@ def work(task: dict[str, Any]) -> None:
             print(json.dumps(found), flush=True)
 
 
-def both(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Runs a task on two processes and passes on what process 0 prints.
+def processes(script: str, task: dict[str, Any], count: int = 2) -> Iterator[dict[str, Any]]:
+    """Run a task of a script on processes that join one another, and yield the lines that process 0 prints.
 
-    Raises:
-      DexError: one of them fails.
+    Each has a core of its own as long as there are enough. Raise DexError where one of them fails.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-    env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    # When this process is told to end, so are they.
+    env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+    # The processes end with this one.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with contextlib.ExitStack() as ends:
         # Threads do not interrupt one another (SCHED_BATCH): a message that comes in while another is sent would wake
         # gloo's, which then polls a socket that the other has locked until its time is over.
         batch, started = ["chrt", "--batch", "0", "taskset", "-c"], []
-        for i, core in enumerate(sorted(os.sched_getaffinity(0))[:2]):
-            command = [*batch, str(core), sys.executable, __file__, "--work", json.dumps(task)]
-            told = env | {"JAX_PROCESS_ID": str(i)}
-            started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=told))
-            ends.callback(started[i].kill)  # they take the gentler signal for a warning
+        cores = sorted(os.sched_getaffinity(0))
+        for i in range(count):
+            own = cores[i] if count <= len(cores) else f"{cores[0]}-{cores[-1]}"
+            command = [*batch, str(own), sys.executable, script, "--work", json.dumps(task)]
+            own_env = env | {"JAX_PROCESS_ID": str(i)}
+            started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=own_env))
+            ends.callback(started[i].kill)  # as SIGTERM does not end them at once
         for line in started[0].stdout or ():
-            if line.startswith("{"):  # gloo says on stdout too whom it has connected to
+            if line.startswith("{"):  # gloo prints its connections on stdout too
                 yield json.loads(line)
-        if len(started) < 2 or max(abs(process.wait()) for process in started):
-            raise DexError("this needs two cores and two processes that do not fail; what was measured before is kept")
+        if max(abs(process.wait()) for process in started):
+            raise DexError("a process failed; what was measured before is kept")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures what is missing and writes the page; 1 where tokens differ."""
+    """Measure what is missing and write the page; return 1 where tokens differ."""
     from dex_jax.language_model import outline
 
     figures = Figures(args.output, machine(args))
     asked = read_ids(outline(args.model, "float32"), args.data, args.prompts)
     wanted = {name: ids for name, ids in asked.items() if name not in figures.runs}
-    told = both(vars(args) | {"ids": list(wanted.values())}) if wanted else []
-    for name, said in zip(wanted, told, strict=True):
-        figures.each({name: said}, lambda said: said)
+    results = processes(__file__, vars(args) | {"ids": list(wanted.values())}) if wanted else []
+    for name, result in zip(wanted, results, strict=True):
+        figures.each({name: result}, lambda result: result)
     each, cells = list(figures.runs.values()), []
     tokens, same = sum(run["tokens"] for run in each), sum(run["identical"] for run in each)
     for name in each[0]["seconds"]:

@@ -203,7 +203,7 @@ def outline(
     checkpoint = open_checkpoint(source)
     stored = {format for parts in checkpoint.formats().values() for format, _ in parts} & FORMATS.keys()
     # Drafters are kept in 8 bits.
-    few_rows.begin({INT8, *(stored if stored and weights in (None, "stored") else (str(chosen),))})
+    few_rows.start_build({INT8, *(stored if stored and weights in (None, "stored") else (str(chosen),))})
     if spread is None and layout is not None:
         raise DexError("layout=Staged(...) spreads a model over a mesh: say which, with mesh=")
     layout = None if spread is None else layout_on_mesh(checkpoint, layout, spread)

@@ -2,12 +2,12 @@
 
 Terms as in the paper (Yang, Sun and Xia, "Depth Exploration for LLM Decoding", arXiv 2606.29223): a node is a candidate
 token; the nodes spawned in one tick are a cohort and advance together; the root is the last emitted token on its way
-up. A cohort's nodes are heads (a fresh root, or seeds, which the exits 1..K-1 gave) and the drafts that exit 0 put
+up. A cohort's nodes are anchors (a fresh root, or seeds, which the exits 1..K-1 gave) and the drafts that exit 0 put
 below them. The cohort spawned in tick t lives in ring row t mod K, and in tick t stage k runs the cohort of tick t - k.
 So a node's slot (ring row * W + row) never changes while it lives, and its progress is its age.
 
 Everything here is written for one sequence and is meant to be vmapped over a batch. Letters: K stages, W rows a cohort,
-N rows of a cohort that is still growing, P levels of a cohort with its heads, C candidates; stages and exits are
+N rows of a cohort that is still growing, P levels of a cohort with its anchors, C candidates; stages and exits are
 numbered 1..K in fields that users see, and 0..K-1 along array axes.
 """
 
@@ -71,7 +71,7 @@ class Proposals(NamedTuple):
 
 
 class Cohort(NamedTuple):
-    """Nodes on their way into the lattice: heads in the first rows, then the drafts below them."""
+    """Nodes on their way into the lattice: anchors in the first rows, then the drafts below them."""
 
     token: jax.Array  # [N] int32, NO_TOKEN in rows that are not used
     position: jax.Array  # [N] int32
@@ -323,18 +323,18 @@ def sort_rows(cohort: Cohort) -> Cohort:
 def spawn(lattice: Lattice, tick: jax.Array, cohort: Cohort) -> Lattice:
     """Put a cohort's first W rows into the ring row of `tick`, which the collapse of the same tick has emptied.
 
-    The cohort has its best rows first, so that none comes before the one above it; a head without a parent is a fresh
-    root, and stands in row 0.
+    The cohort has its best rows first, so that none comes before the one above it; an anchor without a parent is a
+    fresh root, and stands in row 0.
     """
     stages, rows = lattice.token.shape
     ring = ring_row(tick, stages)
     used = cohort.score[:rows] > -jnp.inf
     within = cohort.within[:rows, :rows] & used[:, None]
-    head = jnp.argmax(within & (cohort.above[:rows] == NO_NODE)[None], axis=1)
+    anchor = jnp.argmax(within & (cohort.above[:rows] == NO_NODE)[None], axis=1)
     parent = cohort.parent[:rows]
     fresh = used[0] & (parent[0] == NO_NODE) & (cohort.above[0] == NO_NODE)
-    family = lattice.ancestors.reshape(stages * rows, -1)[jnp.maximum(parent[head], 0)]
-    family = family & (used & (parent[head] != NO_NODE))[:, None]
+    family = lattice.ancestors.reshape(stages * rows, -1)[jnp.maximum(parent[anchor], 0)]
+    family = family & (used & (parent[anchor] != NO_NODE))[:, None]
     family = family.reshape(rows, stages, rows).at[:, ring].set(within).reshape(rows, -1)
     above = jnp.where(cohort.above[:rows] == NO_NODE, parent, ring * rows + cohort.above[:rows])
     return Lattice(

@@ -18,7 +18,7 @@ import numpy as np
 DROPPED = -np.inf
 """The logit of a token that a mask or a filter has removed."""
 
-BLOCKS = (512, 256, 128)
+COLUMN_BLOCKS = (512, 256, 128)
 """The sizes of blocks of columns for `best_column`, which takes the first that divides V."""
 
 
@@ -63,7 +63,7 @@ def choose(logits: jax.Array, sampling: Sampling | None, noise: jax.Array | None
 def best_column(x: jax.Array) -> jax.Array:
     """Return the first column with the largest value of each row of x [N, V] float32: [N] int32."""
     rows, columns = x.shape
-    size = next((size for size in BLOCKS if columns % size == 0), columns)
+    size = next((size for size in COLUMN_BLOCKS if columns % size == 0), columns)
 
     def plain(x: jax.Array) -> jax.Array:
         return jnp.argmax(x, axis=-1).astype(jnp.int32)

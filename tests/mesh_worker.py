@@ -28,7 +28,7 @@ from dex_jax.decoding.check import logits_of
 from dex_jax.decoding.dex.drafters import draft_model
 from dex_jax.decoding.dex.trees import TreeShape
 from dex_jax.decoding.plan import GivenHeads, Plan, plan_for
-from dex_jax.decoding.program import _REMEMBERED
+from dex_jax.decoding.program import _PROGRAMS
 from dex_jax.decoding.request import Request
 from dex_jax.decoding.session import PREFILL, RUN, START, Session
 from dex_jax.grid import even_depths
@@ -236,7 +236,7 @@ def decode(lm: LanguageModel, case: Case, folder: Path | None) -> list[dict[str,
         assert lm.mesh is not None
         assert_own_stage((session.state.memory[:4], getattr(session.state, "hidden", ())), lm.mesh)
         for program in (PREFILL, START, RUN):
-            *_, used_last = (begun.made.result() for key, begun in _REMEMBERED.items() if key[0] is program)
+            *_, used_last = (begun.made.result() for key, begun in _PROGRAMS.items() if key[0] is program)
             (folder / f"{case.name}.{program.name}.hlo").write_text(used_last.as_text())
     return [
         {

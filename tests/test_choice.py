@@ -16,8 +16,8 @@ from dex_jax import AR, Dex, TreeShape
 from dex_jax.decoding import costs
 from dex_jax.decoding.auto import choose_method
 from dex_jax.decoding.costs import TickCosts, costs_of
-from dex_jax.decoding.dex import pace
-from dex_jax.decoding.dex.pace import usual_costs
+from dex_jax.decoding.dex import row_choice
+from dex_jax.decoding.dex.row_choice import usual_costs
 from dex_jax.decoding.dex.trees import DRAFTED_TREES, LOOKUP_TREES
 from dex_jax.decoding.plan import plan_for, resolve
 
@@ -82,42 +82,42 @@ def test_ticks_choose_unless_rows_or_a_tree_are_given() -> None:
     assert plan_for(Dex(explorers=1, draft=DRAFTED_TREES[0]), 30).drafts.rungs == ()
 
 
-def known(**changes) -> pace.Pace:
-    """Return the pace of one sequence before any tick, with some fields changed."""
-    return pace.begin(1, COUNTS)._replace(**{name: jnp.asarray(value) for name, value in changes.items()})
+def choice_with(**changes) -> row_choice.RowChoice:
+    """Return the choice of rows of one sequence before any tick, with some fields changed."""
+    return row_choice.new_choice(1, COUNTS)._replace(**{name: jnp.asarray(value) for name, value in changes.items()})
 
 
-def chosen(about: pace.Pace, promise: list[float], levels: int = 0) -> int:
-    going, rows = jnp.ones(1, bool), jnp.asarray([promise + [0.0] * (16 - len(promise))], jnp.float32)
-    return COUNTS[int(pace.choose(about, COUNTS, going, rows, jnp.ones(1), jnp.int32(levels), 1))]
+def chosen(choice: row_choice.RowChoice, probability: list[float], levels: int = 0) -> int:
+    going, rows = jnp.ones(1, bool), jnp.asarray([probability + [0.0] * (16 - len(probability))], jnp.float32)
+    return COUNTS[int(row_choice.choose_rung(choice, COUNTS, going, rows, jnp.ones(1), jnp.int32(levels), 1))]
 
 
 def test_the_row_count_is_the_one_that_promises_the_most_for_its_cost() -> None:
-    assert chosen(known(), [1.0, 0.1]) == 1
-    assert chosen(known(), [1.0, 0.3]) == 2
-    assert chosen(known(), [1.0, *[0.9**i for i in range(1, 8)]]) == 8
+    assert chosen(choice_with(), [1.0, 0.1]) == 1
+    assert chosen(choice_with(), [1.0, 0.3]) == 2
+    assert chosen(choice_with(), [1.0, *[0.9**i for i in range(1, 8)]]) == 8
     dear = [1.0, 2.0, 4.0, 8.0, 16.0, 0.1]
-    assert chosen(known(costs=dear), [1.0] * 8) == 1, (
+    assert chosen(choice_with(costs=dear), [1.0] * 8) == 1, (
         "no row can be worth more than one that costs as much as the first"
     )
     flat = [1.0, 1.0, 1.0, 1.0, 1.01, 0.0]
-    assert chosen(known(costs=flat), [1.0, 0.2, *[0.1] * 14]) == 16
+    assert chosen(choice_with(costs=flat), [1.0, 0.2, *[0.1] * 14]) == 16
 
 
 def test_promises_that_are_not_kept_end_drafts_and_are_made_again_after_a_while() -> None:
-    about, going, below = known(), jnp.ones(1, bool), jnp.asarray([0.9])
-    asked = []
+    choice, going, below = choice_with(), jnp.ones(1, bool), jnp.asarray([0.9])
+    called = []
     for _ in range(400):
-        worth = bool(pace.is_worth_a_level(about, going, below))
-        asked.append(worth)
-        drafted = jnp.asarray([0.9 * worth])
+        worth = bool(row_choice.is_worth_a_level(choice, going, below))
+        called.append(worth)
+        used = jnp.asarray([0.9 * worth])
         # Each tick emits one token, as none of the drafts is right.
-        about = pace.after(
-            about, about.length + 1, jnp.ones(1), jnp.int32(0), 1 + drafted, jnp.int32(worth), below * worth, drafted
+        choice = row_choice.updated(
+            choice, choice.length + 1, jnp.ones(1), jnp.int32(0), 1 + used, jnp.int32(worth), below * worth, used
         )
-    assert all(asked[:5])
-    assert 0 < np.mean(asked[50:]) < 0.1, "sometimes, as what was long ago is forgotten"
-    assert about.ran[0].tolist() == [399, 0, 0, 0, 0, sum(asked)]
+    assert all(called[:5])
+    assert 0 < np.mean(called[50:]) < 0.1, "sometimes, as what was long ago is forgotten"
+    assert choice.ran[0].tolist() == [399, 0, 0, 0, 0, sum(called)]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -137,7 +137,7 @@ def test_what_ticks_cost_is_learnt_from_the_time_of_some_together(seed: int) -> 
 
 def test_costs_that_load_spoilt_mend_themselves() -> None:
     random, true = np.random.default_rng(0), np.array(usual_costs(COUNTS))
-    found = TickCosts(COUNTS, kept=[1.0, 3.0, 6.0, 12.0, 24.0, 1.0])
+    found = TickCosts(COUNTS, stored=[1.0, 3.0, 6.0, 12.0, 24.0, 1.0])
     for _ in range(60):
         found.learn(np.array([4, 0, 0, 0, 0, 0]), 0.028 * random.normal(1, 0.05))
     assert found.relative()[1] < 2.4, "what does not run is forgotten"

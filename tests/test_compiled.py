@@ -29,8 +29,8 @@ from dex_jax.nn.planes import PLANES
 from dex_jax.nn.sharding import make_mesh, nbytes
 from dex_jax.nn.transformer import Staged, parameter_shapes
 
-TREE = TreeShape((2, 2, 1, 1, 1), drafted=0, lookup=(0.5,) * 8)
-DRAFTED = dataclasses.replace(TREE, drafted=3)
+TREE = TreeShape((2, 2, 1, 1, 1), drafter_levels=0, lookup=(0.5,) * 8)
+DRAFTED = dataclasses.replace(TREE, drafter_levels=3)
 METHODS = {
     "ar": AR(),
     "one": Dex(explorers=1, draft=TREE),

@@ -214,7 +214,7 @@ def test_training_on_the_truth_is_what_a_root_gets_in_decoding(kind, fused) -> N
         arrays = exit_arrays(model, config, parameters(kind, fused), np.arange(config.draft_size, dtype=np.int32))
         memory = TrainedHeads(config).empty(len(roots), 0, jnp.float32)
         chunk = Chunk(tokens, final, jnp.int32(0), jnp.asarray(roots))
-        memory = TrainedHeads(config).read(model, arrays, memory, chunk)
+        memory = TrainedHeads(config).extend(model, arrays, memory, chunk)
         view = StageView(
             ring=jnp.arange(shape[0]),
             token=jnp.broadcast_to(tokens[0, roots][None, :, None], shape),

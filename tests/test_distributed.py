@@ -79,9 +79,9 @@ def test_two_processes_decode_what_one_does(checkpoint: Path) -> None:
 def test_when_one_process_dies_the_other_ends_and_names_it(checkpoint: Path) -> None:
     survivor, dying = start(checkpoint, str(WORKER), str(checkpoint), "--die")
     dying.communicate(timeout=300)
-    begin = time.monotonic()
+    started = time.monotonic()
     _, err = survivor.communicate(timeout=60)
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - started < 60
     assert survivor.returncode != 0
     assert "process 1 of 2" in err
     assert "no longer answers" in err

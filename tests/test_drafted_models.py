@@ -85,8 +85,8 @@ def test_the_drafter_reads_in_decoding_what_it_read_in_training(lm, kind) -> Non
 
     heads = TrainedHeads(config)
     memory, drafter_of = heads.empty(1, 16, jnp.float32), heads.drafter(model, arrays)
-    read = jax.jit(lambda memory, *chunk: heads.read(model, arrays, memory, Chunk(*chunk)))
-    draft = jax.jit(lambda *asked: drafter_of.features(None, drafter_of.blank(1, 1), DraftRows(*asked)))
+    read = jax.jit(lambda memory, *chunk: heads.extend(model, arrays, memory, Chunk(*chunk)))
+    draft = jax.jit(lambda *below: drafter_of.features(None, drafter_of.blank(1, 1), DraftRows(*below)))
     for start in (0, 4):
         piece = slice(start, start + 4)
         memory = read(memory, tokens[:, piece], hidden[:, piece], np.array([start]), np.array([min(start + 4, prefix)]))
@@ -128,6 +128,6 @@ def test_a_tree_of_ones_own_replaces_the_drafters(lm) -> None:
     assert resolve(method, random_drafter(), lm.config, "0").drafts == shape
     assert resolve(method, "shared", lm.config, "0").rows == 4
     with pytest.raises(dex_jax.DexError, match="3 of \\(2, 1\\)"):
-        dataclasses.replace(shape, drafted=3)
+        dataclasses.replace(shape, drafter_levels=3)
     with pytest.raises(dex_jax.DexError, match="8 probabilities"):
         dataclasses.replace(shape, lookup=(0.5,))

@@ -44,10 +44,10 @@ def says(tmp_path, **variables: str) -> tuple[bool, str]:
     """Return `ready()` and `kept_dtype(float32)` of a process of its own, in which a product must be right."""
     own = {"XDG_CACHE_HOME": str(tmp_path)} | variables
     run = subprocess.run([sys.executable, "-c", SAYS], env=os.environ | own, capture_output=True, text=True, check=True)
-    ready, kept, product = json.loads(run.stdout)
+    ready, library_file, product = json.loads(run.stdout)
     x, kernel = np.arange(24).reshape(3, 8), np.arange(40).reshape(5, 8)
     assert product == (x @ kernel.T).tolist()
-    return ready, kept
+    return ready, library_file
 
 
 def quick_compiler(tmp_path, *flags: str) -> str:
@@ -110,19 +110,19 @@ DAMAGES = {
 @needs_compiler
 @pytest.mark.parametrize(("damage", "vouched"), [*((damage, False) for damage in DAMAGES), ("random", True)])
 def test_a_damaged_library_is_built_again_and_said_to_be(answer, damage, vouched, capfd) -> None:
-    kept = native.library(*answer)
-    made = kept.read_bytes()
-    assert native.library(*answer) == kept
+    library_file = native.library(*answer)
+    made = library_file.read_bytes()
+    assert native.library(*answer) == library_file
     assert not capfd.readouterr().err, "what is whole is used"
-    kept.unlink()
-    kept.write_bytes(DAMAGES[damage](made))
-    kept.chmod(0o600)
+    library_file.unlink()
+    library_file.write_bytes(DAMAGES[damage](made))
+    library_file.chmod(0o600)
     if vouched:  # the checksum is right, so only the loader can refuse it
-        kept.with_suffix(".sha256").write_text(hashlib.sha256(kept.read_bytes()).hexdigest())
+        library_file.with_suffix(".sha256").write_text(hashlib.sha256(library_file.read_bytes()).hexdigest())
     native._builds.clear()
     assert native.loaded(*answer).answer() == 42
     assert "built again" in capfd.readouterr().err
-    assert kept.read_bytes() == made
+    assert library_file.read_bytes() == made
     native._builds.clear()
     assert native.loaded(*answer).answer() == 42
     assert not capfd.readouterr().err, "it is built once more, and not ever again"
@@ -130,17 +130,17 @@ def test_a_damaged_library_is_built_again_and_said_to_be(answer, damage, vouched
 
 @needs_compiler
 def test_a_library_that_another_process_is_loading_never_disappears(answer, monkeypatch) -> None:
-    kept, write_whole = native.library(*answer), native.write_whole
-    kept.with_suffix(".sha256").write_text("another")
+    library_file, write_whole = native.library(*answer), native.write_whole
+    library_file.with_suffix(".sha256").write_text("another")
     written = []
 
     def seen(file: Path, content: bytes) -> None:
-        assert kept.exists()
+        assert library_file.exists()
         written.append(file.suffix)
         write_whole(file, content)
 
     monkeypatch.setattr(native, "write_whole", seen)
-    assert native.library(*answer) == kept
+    assert native.library(*answer) == library_file
     assert written == [".sha256", ".so"], "what vouches for a library is there before it"
 
 

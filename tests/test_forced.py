@@ -107,17 +107,17 @@ def test_every_position_says_what_the_twin_says(name: str) -> None:
     measured, where = _measured(name), _positions(name)
     own = {(1, 2), (1, 3), (2, 3)} if _exits(name).config.needs_previous else set()
     assert set(measured.asks) == {(d, 4) for d in DEPTHS} | own
-    assert measured.target.tolist() == [twin.answer[i] for twin, i in where]
+    assert measured.answer_tokens.tolist() == [twin.answer[i] for twin, i in where]
     for p, (depth, previous) in enumerate(measured.asks):
         source = TRUE if previous == 4 else previous
-        for (twin, i), best in zip(where, measured.said.best[:, p].tolist(), strict=True):
+        for (twin, i), best in zip(where, measured.outputs.best[:, p].tolist(), strict=True):
             logits = twin.logits(depth, i, source)[0]
             assert len(set(best)) == len(best)
             # Logits are compared, as rounding may swap tokens that tie.
             assert [logits[token] for token in best] == pytest.approx(sorted(logits.values())[:-4:-1], abs=1e-5)
         if source is TRUE:
             expected = [twin.divergence(depth, i) for twin, i in where]
-            np.testing.assert_allclose(measured.said.divergence[:, p], expected, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(measured.outputs.divergence[:, p], expected, rtol=1e-4, atol=1e-5)
 
 
 @every_kind
@@ -171,7 +171,7 @@ def test_nothing_counts_after_the_first_eos() -> None:
     texts = [(prompt, [*answer, 2, EOS, 3]) for prompt, answer in kept]
     measured = force(_model(), _exits("shared"), texts, batch=2)
     assert measured.lengths == tuple(len(answer) for _, answer in kept)
-    assert measured.target.tolist() == [token for _, answer in kept for token in answer]
+    assert measured.answer_tokens.tolist() == [token for _, answer in kept for token in answer]
 
 
 def test_groups_and_their_mean() -> None:
@@ -223,15 +223,15 @@ def test_batches_are_full_and_by_length() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA makes of top_k is another matter elsewhere")
 def test_no_vocabulary_is_sorted(monkeypatch) -> None:
-    """A sort of the vocabulary in place of a top-k takes ten times as long as the rest of `ask_exits`."""
+    """A sort of the vocabulary in place of a top-k takes ten times as long as the rest of `ask_exits_along`."""
     found = []
 
     def compiled(*args):
-        found.append(ask_exits.lower(*args).compile().as_text())
-        return ask_exits(*args)
+        found.append(ask_exits_along.lower(*args).compile().as_text())
+        return ask_exits_along(*args)
 
-    ask_exits = forced.ask_exits
-    monkeypatch.setattr(forced, "ask_exits", compiled)
+    ask_exits_along = forced.ask_exits_along
+    monkeypatch.setattr(forced, "ask_exits_along", compiled)
     model = dataclasses.replace(MODEL, vocab_size=4096)
     exits = dataclasses.replace(_exits("attn, draft").config, draft_size=None)
     exits = TrainedExits(exits, random_parameters(exits, seed=1, spread=0.5), None, "0", {}, "random")

@@ -28,7 +28,7 @@ from dex_jax.nn.attention import KeyValues, _attend
 from dex_jax.nn.cache import MOST_WRITTEN, write_rows
 from dex_jax.nn.forward import commit_rows, extend, run_tree
 from dex_jax.nn.kinds import ring_length, ring_of
-from dex_jax.nn.products import TRITON, Device
+from dex_jax.nn.products import TRITON, CompileTarget
 
 KERNEL = "__gpu$xla.gpu.triton"
 WIDE = dataclasses.replace(LLAMA, head_dim=16, num_layers=2)
@@ -199,7 +199,7 @@ def test_a_kernel_is_tried_beside_xla_and_left_where_it_raises_or_differs(fault,
 def test_so_is_the_layout_in_planes(fault, monkeypatch, capsys) -> None:
     _on_a_gpu(monkeypatch)
     monkeypatch.setattr(trial, "gpu_capability", lambda: 0.0)
-    monkeypatch.setattr(trial, "compiled_for", lambda: Device("tpu"))
+    monkeypatch.setattr(trial, "compiled_for", lambda: CompileTarget("tpu"))
     right = planes.in_planes
 
     def wrong(blocks: np.ndarray, format: str) -> Any:

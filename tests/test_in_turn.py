@@ -17,7 +17,7 @@ from dex_jax.config import LayerKind
 from dex_jax.nn import cache, few_rows, in_turn
 from dex_jax.nn.forward import extend, run_rows
 from dex_jax.nn.packed import to_int8
-from dex_jax.nn.products import ASSUMED, Device
+from dex_jax.nn.products import ASSUMED, CompileTarget
 from dex_jax.nn.transformer import Transformer, build
 from dex_jax.nn.weights import merge_model
 
@@ -75,6 +75,6 @@ def test_layers_that_differ_and_programs_for_other_devices_have_none() -> None:
     assert not in_turn.is_loop(random_transformer(dataclasses.replace(ALIKE, head_dim=8), 0))
     assert not in_turn.is_loop(random_transformer(ALIKE, 0, jnp.float16))
     assert not in_turn.is_loop(int8_model("layers.1.down"))
-    before = ASSUMED.set(Device("tpu"))
+    before = ASSUMED.set(CompileTarget("tpu"))
     assert not in_turn.is_loop(random_transformer(ALIKE, 0))
     ASSUMED.reset(before)

@@ -54,10 +54,10 @@ def interrupt(command: list[str], ready: float | bytes, **environment: str) -> t
     try:
         read(end)
         assert process.poll() is None, shown.decode()
-        begin = time.monotonic()
+        started = time.monotonic()
         process.send_signal(signal.SIGINT)
-        read(begin + 60)
-        seconds = time.monotonic() - begin
+        read(started + 60)
+        seconds = time.monotonic() - started
         while select.select([master], [], [], 0)[0]:
             shown += os.read(master, 65536)
         assert termios.tcgetattr(slave) == settings

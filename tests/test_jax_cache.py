@@ -45,10 +45,10 @@ def test_a_long_wait_is_told_where_nobody_listens(monkeypatch, capsys) -> None:
     monkeypatch.setattr(program, "SOON", 0.0)
     heard: list[str] = []
     with listening(heard.append):
-        program.Program(lambda x: jnp.sort(x) @ jnp.sin(x))(jnp.ones(3))
+        program.CompiledFunction(lambda x: jnp.sort(x) @ jnp.sin(x))(jnp.ones(3))
     assert heard == ["tracing <lambda>", "compiling <lambda>"]
     assert capsys.readouterr().err == ""
-    program.Program(lambda x: jnp.sort(x) @ jnp.cos(x))(jnp.ones(3))
+    program.CompiledFunction(lambda x: jnp.sort(x) @ jnp.cos(x))(jnp.ones(3))
     assert capsys.readouterr().err.startswith("compiling <lambda>, once for calls of this kind")
 
 

@@ -210,8 +210,10 @@ def test_a_cohort_drafts_and_keeps_what_is_worth_its_time(stages: int, sampled: 
         (run,) = toy_runs.twin_runs(ToyModel(tables), case, vocab_size=config.vocab, **config.shape)
         state = toy_runs.finished(tables, case, run.tokens[:1], **config.shape)
         assert toy_runs.emitted(state.record, 0) == (run.tokens, run.exits)
-        np.testing.assert_allclose([state.pace.trust[0], state.pace.hope[0]], [run.trust, run.hope], rtol=1e-3)
-        assert state.pace.ran[0, -1] == sum(run.levels)
+        np.testing.assert_allclose(
+            [state.choice.acceptance[0], state.choice.usefulness[0]], [run.acceptance, run.usefulness], rtol=1e-3
+        )
+        assert state.choice.ran[0, -1] == sum(run.levels)
         rows_chosen |= set(run.rows)
         levels_chosen |= set(run.levels)
     assert len(rows_chosen) > 2
@@ -244,7 +246,7 @@ def test_a_path_is_emitted_as_its_tokens_would_be_one_by_one(seed: int) -> None:
     batch, size, capacity = 3, 5, 9
     rng = np.random.default_rng(seed)
     limits = Limits(rng.integers(1, capacity + 1, batch).astype(np.int32), np.array([3], np.int32))
-    at_once = singly = record.begin(rng.integers(0, 6, batch).astype(np.int32), capacity, limits)
+    at_once = singly = record.new_record(rng.integers(0, 6, batch).astype(np.int32), capacity, limits)
     for _ in range(3):
         tokens = rng.integers(0, 6, (batch, size)).astype(np.int32)
         born_at = rng.integers(0, 2, (batch, size)).astype(np.int32)

@@ -54,11 +54,11 @@ def test_donated_caches_are_updated_in_place() -> None:
 
 def test_only_the_latest_programs_are_held(monkeypatch) -> None:
     program.forget()
-    doubled = program.Program(lambda x: 2 * x)
+    doubled = program.CompiledFunction(lambda x: 2 * x)
     doubled.compile(jnp.ones(9))
-    (found,) = program._REMEMBERED.values()
-    monkeypatch.setattr(program, "HELD", 2 * found.size + 2)
-    monkeypatch.setattr(program, "FEWEST", 1)
+    (found,) = program._PROGRAMS.values()
+    monkeypatch.setattr(program, "MOST_CHARACTERS", 2 * found.size + 2)
+    monkeypatch.setattr(program, "FEWEST_PROGRAMS", 1)
     program.forget()
     sizes = []
 

@@ -11,7 +11,7 @@ import pytest
 from dex_jax import AR, Dex, DexError
 from dex_jax.decoding.dex.trees import TreeShape
 from dex_jax.decoding.plan import plan_for, with_stages
-from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
+from dex_jax.decoding.sizes import batch_bucket, cache_length_for, chunk_sizes, prompt_bucket
 from dex_jax.grid import even_depths
 
 
@@ -96,9 +96,9 @@ def test_buckets_hold_what_they_are_for() -> None:
     buckets = [prompt_bucket(length) for length in range(1, 3000)]
     assert all(bucket >= length for length, bucket in enumerate(buckets, 1))
     assert buckets == sorted(buckets)
-    assert len({size for length in range(1, 3000) for size in prompt_pieces(length)}) == 3
+    assert len({size for length in range(1, 3000) for size in chunk_sizes(length)}) == 3
     # Each piece reads all weights, so there are as few as can be.
-    assert [prompt_pieces(length) for length in (41, 131, 300, 754)] == [(48,), (192,), (512,), (512, 512)]
+    assert [chunk_sizes(length) for length in (41, 131, 300, 754)] == [(48,), (192,), (512,), (512, 512)]
     lengths = [[cache_length_for(prompt, new, 32, 2) for prompt in range(1, 3000, 7)] for new in (1, 100, 900)]
     for new, found in zip((1, 100, 900), lengths, strict=True):
         assert all(

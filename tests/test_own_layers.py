@@ -27,8 +27,8 @@ from dex_jax.lattice import NO_NODE
 from dex_jax.nn.weights import merge_model
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "eagle3.json").read_text(encoding="utf-8"))
-CHAIN = dex_jax.TreeShape((1, 1, 1), drafted=3, lookup=(0.0,) * 8)
-TREE = dex_jax.TreeShape((3, 2, 2), drafted=3, lookup=(0.0, 0.5, *[0.7] * 6))
+CHAIN = dex_jax.TreeShape((1, 1, 1), drafter_levels=3, lookup=(0.0,) * 8)
+TREE = dex_jax.TreeShape((3, 2, 2), drafter_levels=3, lookup=(0.0, 0.5, *[0.7] * 6))
 SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
 
 
@@ -51,12 +51,12 @@ def test_an_eagle_head_computes_what_speculators_does(variant, target, tmp_path)
     tokens, states = example(variant)
     hidden = jnp.pad(jnp.asarray(states), ((0, 0), (target.config.width, 0)))[None]
     reading = drafter.drafter(model, arrays)
-    read = jax.jit(lambda memory, *chunk: drafter.read(model, arrays, memory, Chunk(*chunk)))
+    read = jax.jit(lambda memory, *chunk: drafter.extend(model, arrays, memory, Chunk(*chunk)))
 
     @jax.jit
-    def drafted(memory, rows, step, *asked):
-        asked = DraftRows(*asked, memory.previous[:, None])
-        features, own = reading.features(SimpleNamespace(exits=memory), rows, asked)
+    def drafted(memory, rows, step, *below):
+        below = DraftRows(*below, memory.previous[:, None])
+        features, own = reading.features(SimpleNamespace(exits=memory), rows, below)
         rows = type(rows)(*(old.at[:, step].set(new[:, 0]) for old, new in zip(rows, own, strict=True)))
         return reading.logits(features[0])[0], rows
 
@@ -120,7 +120,7 @@ def test_a_smaller_vocabulary_drafts_what_it_knows() -> None:
         draft_model(lm, other)
 
 
-HEADS = {
+ANCHORS = {
     "vocabulary": ({"vocab_size": 212}, "another model"),
     "depths": ({"eagle_aux_hidden_state_layer_ids": [2, 3, 9]}, "another model"),
     "states": ({"eagle_aux_hidden_state_layer_ids": [1, 2, 3, 4, 5]}, "fit"),
@@ -133,9 +133,9 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", ANCHORS)
 def test_a_head_that_does_not_fit_gets_one_sentence(name, target, tmp_path) -> None:
-    changes, said = HEADS[name]
+    changes, said = ANCHORS[name]
     path = write_head(tmp_path / "head", "safeailab", **changes)
     with pytest.raises(DexError, match=said) as refusal:
         dex_jax.generate(target, [[1, 2]], exits=str(path), method=dex_jax.Dex(explorers=1), max_new_tokens=4)

@@ -22,7 +22,7 @@ from dex_jax.nn.blocks import FORMATS
 from dex_jax.nn.layers import linear
 from dex_jax.nn.packed import INT8, Packed, as_products_read, joined, take_rows, to_int8
 from dex_jax.nn.planes import blank_planes, in_planes
-from dex_jax.nn.products import ASSUMED, Device
+from dex_jax.nn.products import ASSUMED, CompileTarget
 from dex_jax.nn.sharding import nbytes
 from dex_jax.nn.tiles import in_tiles, out_of_tiles, rows_at
 from dex_jax.nn.weights import weight_bytes
@@ -161,7 +161,7 @@ def test_gpus_sum_up_few_rows_where_a_product_would_copy_the_kernel(format) -> N
     kernel = packed("Q4_1", 7, 3)[0] if format == "Q4_1" else jax.tree.map(jnp.asarray, to_int8(random(1, (7, 96))[0]))
     rows, dense = jnp.asarray(generator.normal(size=(20, 96)), jnp.float16), np.asarray(kernel.dense(), np.float64)
     for capability, count in ((7.5, 5), (7.5, 20), (8.0, 5), (0.0, 5)):
-        before = ASSUMED.set(Device("gpu", capability))
+        before = ASSUMED.set(CompileTarget("gpu", capability))
         as_sums = "dot_general" not in str(jax.make_jaxpr(lambda rows: kernel.product(rows))(rows[:count]))
         found = kernel.product(rows[:count])
         ASSUMED.reset(before)
@@ -239,7 +239,7 @@ def test_a_model_on_planes_is_the_dense_one(file, models, monkeypatch) -> None:
     """A model without kernels in C++, as on a TPU, has the dense one's logits and the stored one's tokens."""
     stored = dex_jax.generate(models["stored"], PROMPTS, method=METHODS["ar"], **OPTIONS)
     monkeypatch.setattr(few_rows, "ready", lambda: False)
-    monkeypatch.setattr("dex_jax.language_model.compiled_for", lambda: Device("tpu"))
+    monkeypatch.setattr("dex_jax.language_model.compiled_for", lambda: CompileTarget("tpu"))
     lm = dex_jax.load(file, "float32", weights="stored")
     assert lm.weights_kind == "Q4_0 and Q4_1 and Q8_0 in planes"
     held = sum(leaf.size for leaf in jax.tree.leaves(lm.weights) if leaf.dtype == jnp.uint4)

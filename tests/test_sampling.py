@@ -17,7 +17,16 @@ from reference.toy_models import ToyModel, random_tables, toy_network, toy_prefi
 
 from dex_jax import Limits, Sampling, init, run
 from dex_jax.decoding.record import Record
-from dex_jax.sampling import BLOCKS, DROPPED, best_column, choose, filtered, position_noise, sampling_keys, threshold
+from dex_jax.sampling import (
+    COLUMN_BLOCKS,
+    DROPPED,
+    best_column,
+    choose,
+    filtered,
+    position_noise,
+    sampling_keys,
+    threshold,
+)
 
 ROWS, VOCAB = 3, 7
 
@@ -37,7 +46,7 @@ def by_sorting(logits: np.ndarray, top_k: int | None, top_p: float | None) -> np
     return np.stack([filter_logits(row, top_k, top_p) for row in logits])
 
 
-@given(st.sampled_from([7, *(3 * size for size in BLOCKS)]), st.integers(0, 2**32 - 1))
+@given(st.sampled_from([7, *(3 * size for size in COLUMN_BLOCKS)]), st.integers(0, 2**32 - 1))
 def test_the_best_column_is_numpys_argmax(columns: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     rows = rng.choice(np.float32([-np.inf, -3.0, 0.0, 2.0]), (4, columns), p=[0.5, 0.3, 0.15, 0.05])

@@ -108,9 +108,9 @@ def test_writing_that_was_stopped_goes_on_with_its_texts_and_its_time(lm, data, 
 def test_a_drafter_in_so_many_minutes_with_what_it_brings(lm, data, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(timed, "LENGTH", 48)
     monkeypatch.setattr(timed, "compile_seconds", lambda: 1000.0)  # what this process compiled before does not count
-    begin = time.perf_counter()
+    started = time.perf_counter()
     ways = timed.train_for(lm, 1, tmp_path, data=data)
-    assert time.perf_counter() - begin < 150
+    assert time.perf_counter() - started < 150
     drafter = load_exits(tmp_path)
     assert drafter.config.is_drafter
     assert drafter.config.draft_size <= 270

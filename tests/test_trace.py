@@ -22,7 +22,9 @@ VOCAB = 12
 def record(tables, case, first: list[int], stages: int, rows: int, sequence: int) -> Trace:
     tables, arrays = jax.tree.map(jnp.asarray, (tables, toy_runs.arrays(case, first)))
     *_, limits, sampling = arrays
-    state = jax.jit(toy_runs.begin, static_argnames=("stages", "rows"))(tables, *arrays, stages=stages, rows=rows)
+    state = jax.jit(toy_runs.initial_state, static_argnames=("stages", "rows"))(
+        tables, *arrays, stages=stages, rows=rows
+    )
     # A step takes the memory of its state, so a trace must have copied what it keeps.
     tick = jax.jit(lambda state: dex_jax.step(toy_network(tables), state, limits, sampling), donate_argnums=0)
     return dex_jax.watch(tick, state, text=lambda token: f"<{token}>", sequence=sequence)

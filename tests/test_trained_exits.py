@@ -169,7 +169,7 @@ def test_context_memory_after_a_prompt_is_what_commits_one_by_one_make(lm) -> No
     lengths = np.array([3, 7, 12])
     tokens = jnp.asarray(rng.integers(0, LLAMA.vocab_size, (3, 12)), jnp.int32)
     hidden = jnp.asarray(rng.standard_normal((3, 12, WIDTH)), jnp.float32)
-    reading = jax.jit(lambda memory, *given: heads.read(model, arrays, memory, Chunk(*given)))
+    reading = jax.jit(lambda memory, *given: heads.extend(model, arrays, memory, Chunk(*given)))
     whole = heads.empty(3, 0, jnp.float32)
     for start in (0, 4, 8):
         part = slice(start, start + 4)

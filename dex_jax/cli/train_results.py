@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dex_jax.errors import DexError
 
 if TYPE_CHECKING:
-    from dex_jax.decoding.forced import Text
+    from dex_jax.decoding.forced import PromptAndAnswer
     from dex_jax.io.exits_file import TrainedExits
     from dex_jax.language_model import LanguageModel
 
@@ -83,11 +83,11 @@ def chosen_exits(args: argparse.Namespace, lm: LanguageModel) -> TrainedExits:
     from dex_jax.io.exits_file import default_exits, load_exits
 
     if args.exits == "shared":
-        from dex_jax.decoding.forced import shared_exits
+        from dex_jax.decoding.forced import untrained_exits
         from dex_jax.training.figures import even_grids
 
         grids = even_grids(lm.config.num_layers)
-        return shared_exits(lm, tuple(sorted({depth for grid in grids for depth in grid[:-1]})))
+        return untrained_exits(lm, tuple(sorted({depth for grid in grids for depth in grid[:-1]})))
     exits = default_exits(lm.fingerprint) if args.exits == "default" else load_exits(args.exits)
     if exits is None:
         raise DexError(f"no trained exits ship with {lm.source}: give a folder, a file, or shared")
@@ -96,7 +96,7 @@ def chosen_exits(args: argparse.Namespace, lm: LanguageModel) -> TrainedExits:
     return exits
 
 
-def answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[Text]]:
+def answered(args: argparse.Namespace, lm: LanguageModel) -> dict[str, list[PromptAndAnswer]]:
     """Return prompts with the model's answers by the stem of their file, or by its path where stems are equal."""
     from dex_jax.prompt_files import read_prompts
     from dex_jax.training.figures import answers

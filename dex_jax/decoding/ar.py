@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dex_jax.decoding.record import Limits, Record, begin, emit
+from dex_jax.decoding.record import Limits, Record, emit, new_record
 from dex_jax.nn.cache import Memory
 from dex_jax.nn.forward import extend
 from dex_jax.nn.transformer import Transformer
@@ -29,7 +29,7 @@ class ARState(NamedTuple):
 
 def init(memory: Memory, first_token: jax.Array, position: jax.Array, *, capacity: int, limits: Limits) -> ARState:
     """Return the state after prefill: first_token [B] stands at absolute `position` [B]."""
-    return ARState(jnp.int32(0), first_token, position, memory, begin(first_token, capacity, limits))
+    return ARState(jnp.int32(0), first_token, position, memory, new_record(first_token, capacity, limits))
 
 
 def step(model: Transformer, state: ARState, limits: Limits, sampling: Sampling | None) -> ARState:

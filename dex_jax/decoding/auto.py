@@ -36,7 +36,7 @@ def choose_method(
 
     Any `method` but Dex() without fields is kept; on a mesh it gets an explorer a stage unless it says how many. One
     explorer is slower than AR at most by the time that it takes to see that drafts are wrong: its ticks choose their
-    rows (decoding/dex/pace.py). Several explorers on one device take turns. Raise DexError for unreadable exits.
+    rows (decoding/dex/row_choice.py). Several explorers on one device take turns. Raise DexError for unreadable exits.
     """
     if method != Dex():
         return MethodChoice(with_stages(method, None if mesh is None else mesh.shape[STAGE]), exits)

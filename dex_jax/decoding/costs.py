@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dex_jax.decoding.dex.pace import usual_costs
+from dex_jax.decoding.dex.row_choice import usual_costs
 from dex_jax.errors import DexError
 from dex_jax.io.whole_files import cache_folder, write_whole
 from dex_jax.nn import few_rows
@@ -50,22 +50,22 @@ class TickCosts:
       seconds: [M] float64, of a tick of each row count, ascending, and of drafting a level; None before any update.
     """
 
-    def __init__(self, counts: tuple[int, ...], key: str = "", kept: Any = None):
-        """Start from `kept`, the entry of `key` in the file of costs, or from the usual costs if it is not valid."""
+    def __init__(self, counts: tuple[int, ...], key: str = "", stored: Any = None):
+        """Start from `stored`, the entry of `key` in the file of costs, or from the usual costs if it is not valid."""
         self.key, self._usual = key, np.array(usual_costs(counts))
-        self._kept = np.array(kept) if _are_costs(kept, len(self._usual)) else self._usual
+        self._stored = np.array(stored) if _are_costs(stored, len(self._usual)) else self._usual
         self.seconds: np.ndarray | None = None
-        self._unsure = np.zeros((len(self._kept),) * 2)
+        self._unsure = np.zeros((len(self._stored),) * 2)
 
     def learn(self, ran: np.ndarray, seconds: float) -> None:
         """Update the estimates by ticks that took `seconds` together; `ran` [M] says how often each cost was paid."""
         if not np.any(ran[:-1]) or not seconds > 0:
             return
         if self.seconds is None:
-            self.seconds = self._kept * seconds / (ran @ self._kept)
-            self._unsure = self._spread(1.0)
+            self.seconds = self._stored * seconds / (ran @ self._stored)
+            self._unsure = self._covariance(1.0)
         self.seconds += FORGETTING * (ran == 0) * (self._usual * self.seconds[0] - self.seconds)
-        self._unsure += self._spread(DRIFT)
+        self._unsure += self._covariance(DRIFT)
         expected = ran @ self.seconds
         variance = ran @ self._unsure @ ran + (NOISE * expected) ** 2
         most = OUTLIER * math.sqrt(variance)
@@ -75,7 +75,7 @@ class TickCosts:
 
     def relative(self) -> np.ndarray:
         """Return the costs relative to that of a tick of one row: [M] float32; more rows never cost less."""
-        share = self._kept if self.seconds is None else self.seconds / self.seconds[0]
+        share = self._stored if self.seconds is None else self.seconds / self.seconds[0]
         return np.append(np.maximum.accumulate(np.maximum(share[:-1], 1)), share[-1]).astype(np.float32)
 
     def keep(self) -> None:
@@ -83,13 +83,13 @@ class TickCosts:
         if not self.key or self.seconds is None:
             return
         share = self.seconds / self.seconds[0]
-        if np.all(np.abs(share - self._kept) < WORTH_KEEPING * self._kept):
+        if np.all(np.abs(share - self._stored) < WORTH_KEEPING * self._stored):
             return
-        self._kept = share
+        self._stored = share
         with contextlib.suppress(DexError):
             write_whole(costs_file(), json.dumps(_read(costs_file()) | {self.key: share.tolist()}, indent=1) + "\n")
 
-    def _spread(self, share: float) -> np.ndarray:
+    def _covariance(self, share: float) -> np.ndarray:
         """Return the covariance [M, M] of costs that vary by `share` of OWN and PRICE, and together by COMMON_DRIFT."""
         assert self.seconds is not None
         more = self.seconds - np.append(np.full(len(self.seconds) - 1, self.seconds[0]), 0)
@@ -123,11 +123,13 @@ def costs_file() -> Path:
 def _read(file: Path) -> dict[str, Any]:
     """Return the costs that a file holds, by key; none where it is missing or damaged."""
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
+        stored = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return kept if isinstance(kept, dict) else {}
+    return stored if isinstance(stored, dict) else {}
 
 
-def _are_costs(kept: Any, count: int) -> bool:
-    return isinstance(kept, list) and len(kept) == count and all(isinstance(s, float) and 0 < s < 1e4 for s in kept)
+def _are_costs(stored: Any, count: int) -> bool:
+    return (
+        isinstance(stored, list) and len(stored) == count and all(isinstance(s, float) and 0 < s < 1e4 for s in stored)
+    )

@@ -37,7 +37,7 @@ from dex_jax.nn.layers import linear
 from dex_jax.nn.targets import Vocabulary, targets
 from dex_jax.nn.weights import merge_model
 
-Text = tuple[Sequence[int], Sequence[int]]
+PromptAndAnswer = tuple[Sequence[int], Sequence[int]]
 """The token ids of a prompt, and those of its answer."""
 
 Ask = tuple[int, int]
@@ -48,7 +48,7 @@ BLOCK = 256
 LENGTH_STEP = 64
 
 
-class Said(NamedTuple):
+class ExitOutputs(NamedTuple):
     """The best tokens of exits at N positions, and their divergence there."""
 
     best: Any  # [N, P, C] int32, full ids of the best tokens, best first
@@ -63,8 +63,8 @@ class Forced:
     exits: ExitsConfig  # their kind, and X depths
     asks: tuple[Ask, ...]  # P, in the order of the arrays
     grids: tuple[tuple[int, ...], ...]  # depths x_1 < ... < x_K = L of the grids that `asks` serve
-    said: Said  # arrays on the host; C >= K - 1 for every grid unless V' is smaller
-    target: np.ndarray  # [N] int32, the answers' tokens
+    outputs: ExitOutputs  # arrays on the host; C >= K - 1 for every grid unless V' is smaller
+    answer_tokens: np.ndarray  # [N] int32, the answers' tokens
     held: np.ndarray  # [N] bool, whether the draft vocabulary holds the target
     lengths: tuple[int, ...]  # the number of positions of each text
 
@@ -74,8 +74,8 @@ class Forced:
         at = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in texts])
         return dataclasses.replace(
             self,
-            said=jax.tree.map(lambda field: field[at], self.said),
-            target=self.target[at],
+            outputs=jax.tree.map(lambda field: field[at], self.outputs),
+            answer_tokens=self.answer_tokens[at],
             held=self.held[at],
             lengths=tuple(self.lengths[i] for i in texts),
         )
@@ -84,7 +84,7 @@ class Forced:
 def force(
     lm: LanguageModel,
     exits: TrainedExits,
-    texts: Sequence[Text],
+    texts: Sequence[PromptAndAnswer],
     grids: Sequence[tuple[int, ...]] = (),
     *,
     batch: int = 8,
@@ -105,10 +105,10 @@ def force(
       DexError: exits that do not fit the model, no texts, or texts without a prompt or an answer or too long.
     """
     _check_exits(lm.config, exits)
-    kept = [_checked(lm, number, *text) for number, text in enumerate(texts, 1)]
-    if not kept or batch < 1:
+    checked = [_checked(lm, number, *text) for number, text in enumerate(texts, 1)]
+    if not checked or batch < 1:
         raise DexError(
-            f"there is nothing to measure: {len(kept)} texts in batches of {batch}, give at least one of each"
+            f"there is nothing to measure: {len(checked)} texts in batches of {batch}, give at least one of each"
         )
     layers = lm.config.num_layers
     asks = {(depth, layers) for depth in exits.config.depths}
@@ -120,32 +120,34 @@ def force(
     parameters = {name: jnp.asarray(value, lm.dtype) for name, value in exits.parameters.items()}
     draft = None if exits.vocabulary is None else jnp.asarray(exits.vocabulary, jnp.int32)
 
-    longest = max(len(answer) for _, answer in kept)
-    found: dict[int, Said] = {}
-    for chosen in batches([len(prompt) + len(answer) for prompt, answer in kept], batch):
-        ids, at = _padded([kept[i] for i in chosen], batch, longest)
+    longest = max(len(answer) for _, answer in checked)
+    found: dict[int, ExitOutputs] = {}
+    for chosen in batches([len(prompt) + len(answer) for prompt, answer in checked], batch):
+        ids, at = _padded([checked[i] for i in chosen], batch, longest)
         rows = answer_rows(statics, lm.weights, parameters, jnp.asarray(ids), jnp.asarray(at))
-        index = np.concatenate([row * longest + np.arange(len(kept[i][1])) for row, i in enumerate(chosen)])
+        index = np.concatenate([row * longest + np.arange(len(checked[i][1])) for row, i in enumerate(chosen)])
         blocks = []
         for first in range(0, len(index), BLOCK):
             part = index[first : first + BLOCK]
             block = jnp.asarray(np.pad(part, (0, BLOCK - len(part))))
-            said = jax.device_get(ask_exits(statics, lm.weights, parameters, draft, rows, block))
-            blocks.append(Said(*(field[: len(part)] for field in said)))
+            outputs = jax.device_get(ask_exits_along(statics, lm.weights, parameters, draft, rows, block))
+            blocks.append(ExitOutputs(*(field[: len(part)] for field in outputs)))
         joined = _joined(blocks)
-        bounds = np.cumsum([0, *(len(kept[i][1]) for i in chosen)])
+        bounds = np.cumsum([0, *(len(checked[i][1]) for i in chosen)])
         for row, i in enumerate(chosen):
-            found[i] = Said(*(field[bounds[row] : bounds[row + 1]] for field in joined))
-    target = np.concatenate([np.asarray(answer, np.int32) for _, answer in kept])
+            found[i] = ExitOutputs(*(field[bounds[row] : bounds[row + 1]] for field in joined))
+    answer_tokens = np.concatenate([np.asarray(answer, np.int32) for _, answer in checked])
     return Forced(
         layers=layers,
         exits=exits.config,
         asks=statics.asks,
         grids=tuple(grids),
-        said=_joined([found[i] for i in range(len(kept))]),
-        target=target,
-        held=np.ones(len(target), bool) if exits.vocabulary is None else np.isin(target, exits.vocabulary),
-        lengths=tuple(len(answer) for _, answer in kept),
+        outputs=_joined([found[i] for i in range(len(checked))]),
+        answer_tokens=answer_tokens,
+        held=np.ones(len(answer_tokens), bool)
+        if exits.vocabulary is None
+        else np.isin(answer_tokens, exits.vocabulary),
+        lengths=tuple(len(answer) for _, answer in checked),
     )
 
 
@@ -155,17 +157,17 @@ def first_exits(forced: Forced, depths: Sequence[int], born: int, decs: bool = T
     With `decs` an exit passes over what the exits before it proposed. The result is [N] int32, K where none gives it.
     """
     stages, layers = len(depths), forced.layers
-    right, held = [], np.full((len(forced.target), stages - 1), NO_TOKEN, np.int32)
+    right, held = [], np.full((len(forced.answer_tokens), stages - 1), NO_TOKEN, np.int32)
     for k in range(1, stages):
         # The parent has done so many stages when its child has done k.
         done = k + born if forced.exits.needs_previous else stages
         ask = (depths[k - 1], depths[done - 1] if done < stages else layers)
-        best = forced.said.best[:, forced.asks.index(ask)]
+        best = forced.outputs.best[:, forced.asks.index(ask)]
         free = ~(best[:, :, None] == held[:, None, : k - 1 if decs else 0]).any(axis=-1)
         token = np.take_along_axis(best, free.argmax(axis=1)[:, None], axis=1)[:, 0]
         held[:, k - 1] = np.where(free.any(axis=1), token, NO_TOKEN)
-        right.append(held[:, k - 1] == forced.target)
-    found = np.stack([*right, np.ones(len(forced.target), bool)]).argmax(axis=0)
+        right.append(held[:, k - 1] == forced.answer_tokens)
+    found = np.stack([*right, np.ones(len(forced.answer_tokens), bool)]).argmax(axis=0)
     return (found + 1).astype(np.int32)
 
 
@@ -197,11 +199,11 @@ def forced_exits(
     depths = schedule.depths
     if len(depths) == 1:
         return np.asarray([PREFILL_EXIT, *[1] * (len(tokens) - 1)], np.int32)
-    exits = shared_exits(lm, depths[:-1]) if exits is None else exits
+    exits = untrained_exits(lm, depths[:-1]) if exits is None else exits
     return dex_exits(force(lm, exits, [(prompt, tokens)], [depths], batch=1), depths, schedule.decs)[0]
 
 
-def shared_exits(lm: LanguageModel, depths: tuple[int, ...]) -> TrainedExits:
+def untrained_exits(lm: LanguageModel, depths: tuple[int, ...]) -> TrainedExits:
     """Return exits of kind "shared", the model's own final norm and unembedding at some depths."""
     config = ExitsConfig("shared", depths, lm.config.width, norm_eps=lm.config.norm_eps)
     model = merge_model(lm.config, lm.weights)
@@ -221,7 +223,7 @@ def batches(lengths: Sequence[int], batch: int) -> Iterator[list[int]]:
         yield order[start : start + batch]
 
 
-def _checked(lm: LanguageModel, number: int, prompt: Sequence[int], answer: Sequence[int]) -> Text:
+def _checked(lm: LanguageModel, number: int, prompt: Sequence[int], answer: Sequence[int]) -> PromptAndAnswer:
     """Return the text up to the answer's first EOS.
 
     Raise DexError for no prompt or no answer, too many tokens for the model, or ids that it does not have.
@@ -240,7 +242,7 @@ def _checked(lm: LanguageModel, number: int, prompt: Sequence[int], answer: Sequ
     return ids[: len(prompt)], ids[len(prompt) :]
 
 
-def _padded(texts: Sequence[Text], batch: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
+def _padded(texts: Sequence[PromptAndAnswer], batch: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (ids [B, R], answer positions [B, A]); rows and positions beyond a text's end hold anything."""
     length = max(len(prompt) + len(answer) for prompt, answer in texts) - 1
     ids = np.zeros((batch, -(-length // LENGTH_STEP) * LENGTH_STEP), np.int32)
@@ -251,7 +253,7 @@ def _padded(texts: Sequence[Text], batch: int, longest: int) -> tuple[np.ndarray
     return ids, at
 
 
-def _joined(parts: Sequence[Said]) -> Said:
+def _joined(parts: Sequence[ExitOutputs]) -> ExitOutputs:
     return jax.tree.map(lambda *fields: np.concatenate(fields), *parts)
 
 
@@ -286,7 +288,7 @@ class Statics:
         return tuple(sorted({source for _, source in self.asks}))
 
 
-class Rows(NamedTuple):
+class AnswerStates(NamedTuple):
     """The arrays that exits read at the answer positions of a batch."""
 
     states: jax.Array  # [X, B A, D], hidden states at the trained depths
@@ -298,7 +300,7 @@ class Rows(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0)
 def answer_rows(
     statics: Statics, weights: Any, parameters: dict[str, jax.Array], ids: jax.Array, at: jax.Array
-) -> Rows:
+) -> AnswerStates:
     """Run ids [B, R] and gather what exits read at positions `at` [B, A]."""
     config, exits = statics.config, statics.exits
     model = merge_model(config, weights)
@@ -310,7 +312,7 @@ def answer_rows(
         return x[..., jnp.arange(batch)[:, None], at, :].reshape(*x.shape[:-3], -1, x.shape[-1])
 
     if not exits.needs_previous:
-        return Rows(gathered(states[:-1]), gathered(final), None, None)
+        return AnswerStates(gathered(states[:-1]), gathered(final), None, None)
     heads = ExitHeads(exits, lambda name, shape, kind: parameters[name])
     own = heads.base(states[:-1].reshape(len(exits.depths), batch * length, -1)).reshape(states[:-1].shape)
     # Row p holds the features of position p - 1.
@@ -323,7 +325,7 @@ def answer_rows(
         newest = jnp.asarray([1 if source == config.num_layers else 2 for source in statics.sources])
         context = _contexts(heads.context, model.embed_tokens(ids), before[-1], read, at, newest)
         context = context.reshape(previous.shape)
-    return Rows(gathered(states[:-1]), gathered(final), previous, context)
+    return AnswerStates(gathered(states[:-1]), gathered(final), previous, context)
 
 
 def _contexts(
@@ -350,14 +352,14 @@ def _contexts(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def ask_exits(
+def ask_exits_along(
     statics: Statics,
     weights: Any,
     parameters: dict[str, jax.Array],
     draft: jax.Array | None,
-    rows: Rows,
+    rows: AnswerStates,
     block: jax.Array,
-) -> Said:
+) -> ExitOutputs:
     """Run all asks at the rows `block` [M] int32, with one ask's logits at a time; `draft` is [V'] int32 or None."""
     model = merge_model(statics.config, weights)
     unembed, cap = model.vocabulary_kernel, statics.config.logit_cap
@@ -384,5 +386,5 @@ def ask_exits(
         return None, (best, log_all - expected - goal.entropy)
 
     places = [(statics.exits.depths.index(depth), statics.sources.index(source)) for depth, source in statics.asks]
-    _, said = jax.lax.scan(one_ask, None, jnp.asarray(places, jnp.int32))
-    return Said(*(jnp.moveaxis(x, 0, 1) for x in said))
+    _, outputs = jax.lax.scan(one_ask, None, jnp.asarray(places, jnp.int32))
+    return ExitOutputs(*(jnp.moveaxis(x, 0, 1) for x in outputs))

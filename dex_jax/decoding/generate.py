@@ -21,7 +21,7 @@ from dex_jax.decoding.program import compile_seconds
 from dex_jax.decoding.record import PREFILL_EXIT, Record
 from dex_jax.decoding.request import Dex, Request, explained
 from dex_jax.decoding.session import Session
-from dex_jax.decoding.sizes import ALONE
+from dex_jax.decoding.sizes import SMALL_CACHE
 from dex_jax.decoding.stopping import StopStrings
 from dex_jax.distributed import from_first, lost_processes
 from dex_jax.errors import DexError
@@ -96,7 +96,7 @@ def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any
             record = session.advance(request.ticks_per_update)
         output = _output(session, stops, record, times)
         yield output
-    if len(session.lengths) * session.cache_length > ALONE:
+    if len(session.lengths) * session.cache_length > SMALL_CACHE:
         del session  # otherwise the process keeps the memory of long texts, or of many
         return_free_memory()
 
@@ -123,8 +123,8 @@ def prepare(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], req
     """Build the session of a request: encode its prompts and plan it, but run nothing."""
     ids = tokens_of(lm, prompts, request) if lm.mesh is None else from_first(lambda: tokens_of(lm, prompts, request))
     exits = request.exits if request.draft_model is None else draft_model(lm, request.draft_model)
-    asked = Dex() if request.method is None else request.method
-    method, exits, choice = choose_method(asked, opened(exits), lm.fingerprint, lm.mesh, len(ids))
+    method = Dex() if request.method is None else request.method
+    method, exits, choice = choose_method(method, opened(exits), lm.fingerprint, lm.mesh, len(ids))
     plan = resolve(method, exits, lm.config, lm.fingerprint)
     free = plan.has_lattice and plan.exits is None and getattr(method, "depths", None) is None
     if free and lm.layout is not None and len(lm.layout.depths) == plan.stages:
@@ -168,7 +168,7 @@ def tokens_of(lm: Outline | LanguageModel, prompts: Prompt | Sequence[Prompt], r
 @contextlib.contextmanager
 def _timed(times: dict[str, float], phase: str) -> Iterator[None]:
     """Add the seconds of a block to times[phase], but those of compilation to times["compile"]; explain its errors."""
-    begin, compiled = time.perf_counter(), compile_seconds()
+    started, compiled = time.perf_counter(), compile_seconds()
     try:
         yield
     except Exception as error:
@@ -183,7 +183,7 @@ def _timed(times: dict[str, float], phase: str) -> Iterator[None]:
     finally:
         compiling = compile_seconds() - compiled
         times["compile"] += compiling
-        times[phase] += time.perf_counter() - begin - compiling
+        times[phase] += time.perf_counter() - started - compiling
 
 
 def _output(session: Session, stops: StopStrings, record: Record, times: dict[str, float]) -> Output:

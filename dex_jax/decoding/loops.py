@@ -17,10 +17,10 @@ from dex_jax.decoding.ar import ARState
 from dex_jax.decoding.dex import loop
 from dex_jax.decoding.dex.interface import DexState, Network
 from dex_jax.decoding.dex.network import network_of
-from dex_jax.decoding.dex.pace import Pace
+from dex_jax.decoding.dex.row_choice import RowChoice
 from dex_jax.decoding.dex.trained_exits import Heads
-from dex_jax.decoding.mesh import stage
-from dex_jax.decoding.mesh.stage import StageNetwork
+from dex_jax.decoding.mesh import device as on_device
+from dex_jax.decoding.mesh.device import DeviceNetwork
 from dex_jax.decoding.plan import Plan
 from dex_jax.decoding.record import Limits, depth_side_speedup, ticks_of
 from dex_jax.errors import DexError
@@ -52,7 +52,7 @@ class Loop(abc.ABC):
     """
 
     @abc.abstractmethod
-    def init(self, model: Transformer, heads: Heads, plan: Plan, begun: Prefilled, capacity: int) -> Any:
+    def init(self, model: Transformer, heads: Heads, plan: Plan, prefilled: Prefilled, capacity: int) -> Any:
         """Return the state before the first tick, with room for T = `capacity` new tokens."""
 
     @abc.abstractmethod
@@ -91,11 +91,11 @@ class MeshLoop(Loop):
         """Raise a DexError if the plan's mesh has stages or exit depths that the loop cannot run on; here never."""
 
     @abc.abstractmethod
-    def init_stage(self, device: StageNetwork, plan: Plan, begun: Prefilled, capacity: int) -> Any:
+    def init_device(self, device: DeviceNetwork, plan: Plan, prefilled: Prefilled, capacity: int) -> Any:
         """Return the state that `init` gives, on one device of a mesh."""
 
     @abc.abstractmethod
-    def tick_stage(self, device: StageNetwork, plan: Plan, limits: Limits, sampling: Sampling | None) -> Tick:
+    def tick_device(self, device: DeviceNetwork, plan: Plan, limits: Limits, sampling: Sampling | None) -> Tick:
         """Return the function that runs a tick on one device of a mesh."""
 
     @abc.abstractmethod
@@ -106,17 +106,17 @@ class MeshLoop(Loop):
 class ARLoop(MeshLoop):
     """The loop of AR, which emits a token every tick (decoding/ar.py)."""
 
-    def init(self, model: Transformer, heads: Heads, plan: Plan, begun: Prefilled, capacity: int) -> ARState:
-        return ar.init(begun.memory, begun.token, begun.lengths, capacity=capacity, limits=begun.limits)
+    def init(self, model: Transformer, heads: Heads, plan: Plan, prefilled: Prefilled, capacity: int) -> ARState:
+        return ar.init(prefilled.memory, prefilled.token, prefilled.lengths, capacity=capacity, limits=prefilled.limits)
 
     def tick(self, model: Transformer, heads: Heads, plan: Plan, limits: Limits, sampling: Sampling | None) -> Tick:
         return lambda state: ar.step(model, state, limits, sampling)
 
-    def init_stage(self, device: StageNetwork, plan: Plan, begun: Prefilled, capacity: int) -> ARState:
-        return self.init(device.model, Heads(), plan, begun, capacity)
+    def init_device(self, device: DeviceNetwork, plan: Plan, prefilled: Prefilled, capacity: int) -> ARState:
+        return self.init(device.model, Heads(), plan, prefilled, capacity)
 
-    def tick_stage(self, device: StageNetwork, plan: Plan, limits: Limits, sampling: Sampling | None) -> Tick:
-        return lambda state: stage.ar_step(device, state, limits, sampling)
+    def tick_device(self, device: DeviceNetwork, plan: Plan, limits: Limits, sampling: Sampling | None) -> Tick:
+        return lambda state: on_device.ar_step(device, state, limits, sampling)
 
     def state_specs(self, plan: Plan, memory: Any) -> ARState:
         return ARState(EVERYWHERE, BY_SEQUENCE, BY_SEQUENCE, memory, BY_SEQUENCE)
@@ -125,12 +125,12 @@ class ARLoop(MeshLoop):
 class DexLoop(MeshLoop):
     """The loop of DEX, with drafts and without (decoding/dex/loop.py)."""
 
-    def init(self, model: Transformer, heads: Heads, plan: Plan, begun: Prefilled, capacity: int) -> DexState:
+    def init(self, model: Transformer, heads: Heads, plan: Plan, prefilled: Prefilled, capacity: int) -> DexState:
         if plan.stages == 1:
-            memory = cache.with_cohort(begun.memory, model.config, plan.rows)
+            memory = cache.with_cohort(prefilled.memory, model.config, plan.rows)
         else:
-            memory = cache.with_lattice(begun.memory, model.config, plan.stages * plan.rows)
-        return _begin(network_of(model, heads, plan), plan, begun._replace(memory=memory), capacity)
+            memory = cache.with_lattice(prefilled.memory, model.config, plan.stages * plan.rows)
+        return _initial_state(network_of(model, heads, plan), plan, prefilled._replace(memory=memory), capacity)
 
     def tick(self, model: Transformer, heads: Heads, plan: Plan, limits: Limits, sampling: Sampling | None) -> Tick:
         network = network_of(model, heads, plan)
@@ -149,16 +149,16 @@ class DexLoop(MeshLoop):
                 f"layout=Staged(({want}))"
             )
 
-    def init_stage(self, device: StageNetwork, plan: Plan, begun: Prefilled, capacity: int) -> DexState:
-        memory = cache.with_lattice(begun.memory, device.model.config, plan.stages * plan.rows)
-        state = _begin(device.network, plan, begun._replace(memory=memory), capacity)
+    def init_device(self, device: DeviceNetwork, plan: Plan, prefilled: Prefilled, capacity: int) -> DexState:
+        memory = cache.with_lattice(prefilled.memory, device.model.config, plan.stages * plan.rows)
+        state = _initial_state(device.network, plan, prefilled._replace(memory=memory), capacity)
         return state._replace(hidden=state.hidden[: device.layout.held])
 
-    def tick_stage(self, device: StageNetwork, plan: Plan, limits: Limits, sampling: Sampling | None) -> Tick:
+    def tick_device(self, device: DeviceNetwork, plan: Plan, limits: Limits, sampling: Sampling | None) -> Tick:
         if plan.stages == 1:
-            network = stage.pipeline(device, (1,) if plan.drafts is None else plan.drafts.counts)
+            network = on_device.pipeline(device, (1,) if plan.drafts is None else plan.drafts.counts)
             return lambda state: loop.step(network, state, limits, sampling, drafts=plan.drafts)
-        return lambda state: stage.step(device, state, limits, sampling, decs=plan.decs, drafts=plan.drafts)
+        return lambda state: on_device.step(device, state, limits, sampling, decs=plan.decs, drafts=plan.drafts)
 
     def state_specs(self, plan: Plan, memory: Any) -> DexState:
         return DexState(
@@ -170,12 +170,12 @@ class DexLoop(MeshLoop):
             noise=BY_SEQUENCE,
             record=BY_SEQUENCE,
             text=None if plan.drafts is None else BY_SEQUENCE,
-            pace=None if plan.drafts is None or not plan.drafts.rungs else PACE,
+            choice=None if plan.drafts is None or not plan.drafts.rungs else CHOICE,
         )
 
 
-PACE = Pace(EVERYWHERE, *[BY_SEQUENCE] * (len(Pace._fields) - 1))
-"""The PartitionSpecs of a Pace on a mesh."""
+CHOICE = RowChoice(EVERYWHERE, *[BY_SEQUENCE] * (len(RowChoice._fields) - 1))
+"""The PartitionSpecs of a RowChoice on a mesh."""
 
 LOOPS: dict[str, Loop] = {"ar": ARLoop(), "dex": DexLoop()}
 
@@ -190,8 +190,8 @@ def mesh_loop(plan: Plan) -> MeshLoop:
     return loop_of(plan).on_mesh(plan)
 
 
-def _begin(network: Network, plan: Plan, begun: Prefilled, capacity: int) -> DexState:
-    memory, token, lengths, limits, sampling, prompt = begun
+def _initial_state(network: Network, plan: Plan, prefilled: Prefilled, capacity: int) -> DexState:
+    memory, token, lengths, limits, sampling, prompt = prefilled
     length = 0 if prompt is None else prompt.shape[1]
     sizes: dict[str, Any] = {"stages": plan.stages, "rows": plan.rows, "capacity": capacity, "length": length}
     of_drafts: dict[str, Any] = {"drafts": plan.drafts, "prompt": prompt}

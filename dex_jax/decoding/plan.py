@@ -88,7 +88,7 @@ class Plan:
         return max(SPARE, 0 if self.drafts is None else self.drafts.levels)
 
     @property
-    def remembers(self) -> ExitZero | None:
+    def cached_heads(self) -> ExitZero | None:
         """The heads that keep a memory of the committed prefix: exits if they need one, as it serves a drafter too."""
         return TrainedHeads(self.exits) if self.exits is not None and self.exits.needs_previous else self.drafter
 
@@ -97,9 +97,9 @@ class Plan:
         """Depths of the hidden states that exit 0 reads beside those at L."""
         return () if self.drafter is None else self.drafter.reads
 
-    def remembering(self, heads: Heads) -> Any:
-        """Return the arrays of the heads that `remembers` names."""
-        return heads.drafter if self.remembers is self.drafter else heads.exits
+    def cached_arrays(self, heads: Heads) -> Any:
+        """Return the arrays of the heads that `cached_heads` names."""
+        return heads.drafter if self.cached_heads is self.drafter else heads.exits
 
     def say(self, fingerprint: str) -> None:
         """Print the remarks on stderr, each once per process and model."""
@@ -266,12 +266,12 @@ def _with_exits(plan: Plan, found: Found, config: ModelConfig, given_depths: boo
     remarks = []
     if trained.fingerprint != found.fingerprint:
         remarks.append(f"the exits in {source} were trained on another model: tokens stay the same, ticks may be more")
-    reached = tuple(depth for depth in trained.config.depths if depth > 0)
-    if not set(depths[:-1]) <= set(reached):
+    trained_depths = tuple(depth for depth in trained.config.depths if depth > 0)
+    if not set(depths[:-1]) <= set(trained_depths):
         trained_at = ", ".join(map(str, trained.config.depths))
         if given_depths:
             raise DexError(f"the exits in {source} are trained at depths {trained_at}: choose depths among them")
-        depths = (*nearest_depths(depths[:-1], reached, source), depths[-1])
+        depths = (*nearest_depths(depths[:-1], trained_depths, source), depths[-1])
         moved = ", ".join(map(str, depths))
         remarks.append(f"exits are trained at depths {trained_at}: the exit depths are {moved}")
     subset, parameters = select_exits(trained.config, trained.parameters, depths[:-1])

@@ -15,11 +15,11 @@ from dex_jax.host_memory import return_free_memory
 from dex_jax.nn import few_rows
 from dex_jax.progress import notify, say_wait
 
-HELD = 2_500_000
+MOST_CHARACTERS = 2_500_000
 """The most characters of all kept programs together, as JAX prints them. Each stands for 40 to 60 bytes of memory. A
 process may also hold only so many memory mappings, and once it has them all, the compiler fails for good."""
 
-FEWEST = 6
+FEWEST_PROGRAMS = 6
 """Number of programs that are kept however long they are: those of two generations that share none. With fewer, a
 comparison of two methods in turns would compile at every turn."""
 
@@ -45,8 +45,8 @@ def forgotten() -> int:
 def forget(characters: int = 0, fewest: int = 0) -> None:
     """Drop the programs used longest ago, until at most `characters` characters or `fewest` programs are left."""
     global _forgotten
-    while len(_REMEMBERED) > fewest and sum(each.size for each in _REMEMBERED.values()) > characters:
-        del _REMEMBERED[next(iter(_REMEMBERED))]
+    while len(_PROGRAMS) > fewest and sum(each.size for each in _PROGRAMS.values()) > characters:
+        del _PROGRAMS[next(iter(_PROGRAMS))]
         _forgotten += 1
 
 
@@ -59,19 +59,19 @@ def compiler_options(level: int | None = 1) -> dict[str, str | bool] | None:
     return None if level is None or not few_rows.ready() else {"xla_backend_optimization_level": str(level)}
 
 
-class Begun(NamedTuple):
+class Compiling(NamedTuple):
     """A program that another thread compiles, or has compiled."""
 
     out_info: Any  # the shapes that it gives
-    size: int  # characters, as in HELD
+    size: int  # characters, as in MOST_CHARACTERS
     made: Future[Any]  # the compiled program
 
 
-_REMEMBERED: dict[Any, Begun] = {}
+_PROGRAMS: dict[Any, Compiling] = {}
 """The programs that are kept, by function, shapes and static arguments; the first was used longest ago."""
 
 
-class Program:
+class CompiledFunction:
     """A function that is compiled ahead of time for each new set of static arguments and shapes; the latest are kept.
 
     It takes positional arrays, those at `donate` reused, and static arguments by keyword. `level` is as in
@@ -96,20 +96,20 @@ class Program:
     @property
     def held(self) -> int:
         """Number of compiled programs of this function that are kept."""
-        return sum(key[0] is self for key in _REMEMBERED)
+        return sum(key[0] is self for key in _PROGRAMS)
 
     def compile(self, *args: Any, **static: Any) -> Any:
         """Return the program for these shapes; arguments may be jax.ShapeDtypeStruct."""
-        with side_by_side() as begin:
-            found = begin(self, *args, **static)
+        with side_by_side() as start:
+            found = start(self, *args, **static)
         return found.made.result()
 
-    def begin(self, *args: Any, **static: Any) -> Begun:
+    def start(self, *args: Any, **static: Any) -> Compiling:
         """Begin to compile, as `compile` does, without waiting for the compiler."""
         leaves, tree = jax.tree.flatten(args)
         shapes = tuple((leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)) for leaf in leaves)
         key = (self, tree, shapes, tuple(sorted(static.items())))
-        found = _REMEMBERED.pop(key, None)
+        found = _PROGRAMS.pop(key, None)
         if found is None:
             global _traced
             _traced += 1
@@ -118,35 +118,35 @@ class Program:
                 lowered = self.jitted.lower(*args, **static)
             self.jitted.clear_cache()
             size, options = len(lowered.as_text()), compiler_options(self.level)
-            forget(HELD - size, FEWEST - 1)
-            found = Begun(lowered.out_info, size, COMPILERS.submit(lowered.compile, compiler_options=options))
-        _REMEMBERED[key] = found
+            forget(MOST_CHARACTERS - size, FEWEST_PROGRAMS - 1)
+            found = Compiling(lowered.out_info, size, COMPILERS.submit(lowered.compile, compiler_options=options))
+        _PROGRAMS[key] = found
         return found
 
 
 @contextlib.contextmanager
-def side_by_side() -> Iterator[Callable[..., Begun]]:
+def side_by_side() -> Iterator[Callable[..., Compiling]]:
     """Yield a function of (program, *args, **static) that begins to compile it; all programs are ready at the end."""
     global _seconds
-    start, traced = time.perf_counter(), _traced
-    begun: list[tuple[str, Future[Any]]] = []
+    since, traced = time.perf_counter(), _traced
+    started: list[tuple[str, Future[Any]]] = []
 
-    def begin(program: Program, *args: Any, **static: Any) -> Begun:
-        found = program.begin(*args, **static)
-        begun.append((program.name, found.made))
+    def start(program: CompiledFunction, *args: Any, **static: Any) -> Compiling:
+        found = program.start(*args, **static)
+        started.append((program.name, found.made))
         return found
 
     try:
-        yield begin
+        yield start
     finally:
         # A process that ends while a compiler runs crashes.
-        for name, made in begun:
+        for name, made in started:
             if not made.done():
                 _wait(name, made)
-    for _, made in begun:
+    for _, made in started:
         made.result()
     if _traced > traced:
-        _seconds += time.perf_counter() - start
+        _seconds += time.perf_counter() - since
         # What traces leave behind is never used again, and weighs as much as the programs themselves.
         gc.collect()
         return_free_memory()

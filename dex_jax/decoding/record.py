@@ -57,7 +57,7 @@ def check_limits(limits: Limits, batch: int) -> None:
         )
 
 
-def begin(first_token: jax.Array, capacity: int, limits: Limits) -> Record:
+def new_record(first_token: jax.Array, capacity: int, limits: Limits) -> Record:
     """Return a record that holds token 0: first_token [B] int32, capacity T."""
     batch = first_token.shape[0]
     check_limits(limits, batch)

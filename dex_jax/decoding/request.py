@@ -1,6 +1,6 @@
 """The options of a generation, each defined once with its default, its bounds and its sentence.
 
-The signature and the help of `generate`, the flags of decode.py and the table in docs/options.md are made from the
+The signature and the help of `generate`, the flags of decode.py and the table in docs/api.md are made from the
 fields below. Nothing here imports JAX, so that `decode.py --help` answers at once.
 """
 
@@ -48,7 +48,7 @@ class AR:
 class Dex:
     """Depth Exploration Decoding (arXiv 2606.29223): exits and drafts propose tokens, the final layer decides them.
 
-    docs/options.md lists the options; they are checked when a plan is made for a model.
+    docs/api.md lists the options; they are checked when a plan is made for a model.
     """
 
     explorers: int | None = option(
@@ -208,7 +208,7 @@ def explained(function: F) -> F:
 
 
 def table() -> Iterator[str]:
-    """Yield the lines of the table of all options in docs/options.md."""
+    """Yield the lines of the table of all options in docs/api.md."""
     yield "| option | default | flag | what it does |"
     yield "|---|---|---|---|"
     for owner in (Request, Dex):

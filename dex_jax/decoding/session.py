@@ -24,10 +24,10 @@ from dex_jax.decoding.dex.trained_exits import Heads, exit_arrays
 from dex_jax.decoding.loops import Prefilled, loop_of, mesh_loop
 from dex_jax.decoding.mesh import programs as on_mesh
 from dex_jax.decoding.plan import GivenHeads, Plan
-from dex_jax.decoding.program import Program, forgotten, side_by_side
+from dex_jax.decoding.program import CompiledFunction, forgotten, side_by_side
 from dex_jax.decoding.record import Limits, Record, until_done
 from dex_jax.decoding.request import Request
-from dex_jax.decoding.sizes import batch_bucket, cache_length_for, prompt_bucket, prompt_pieces
+from dex_jax.decoding.sizes import batch_bucket, cache_length_for, chunk_sizes, prompt_bucket
 from dex_jax.distributed import to_host
 from dex_jax.errors import DexError
 from dex_jax.lattice import NO_TOKEN
@@ -56,18 +56,18 @@ def prefill_chunk(
 ) -> tuple[Any, jax.Array]:
     """Run one chunk of the prompts and keep the hidden state of each prompt's last token: (memory, last).
 
-    `heads` are those of `plan.remembers`, `last` [B, D] the states of last tokens found so far, `tokens` [B, R] int32
-    are padded on the right and begin at position `start`, and `lengths` [B] int32 are those of whole prompts.
+    `heads` are those of `plan.cached_heads`, `last` [B, D] the states of last tokens found so far, `tokens` [B, R]
+    int32 are padded on the right and begin at position `start`, and `lengths` [B] int32 are those of whole prompts.
     """
     if plan.mesh is not None:
         return on_mesh.prefill_chunk(weights, heads, memory, last, tokens, start, lengths, plan=plan)
     model = merge_model(plan.config, weights)
     states, memory = extend(model, memory, tokens, jnp.full(tokens.shape[0], start), lengths)
     hidden = states[-1]
-    remembers, arrays = plan.remembers, plan.remembering(heads)
-    if remembers is not None and arrays is not None:
-        read = jnp.concatenate([hidden, *states_at(model, tokens, states, remembers.reads)], axis=-1)
-        taken = remembers.read(model, arrays, memory.exits, Chunk(tokens, read, start, lengths))
+    cached, arrays = plan.cached_heads, plan.cached_arrays(heads)
+    if cached is not None and arrays is not None:
+        read = jnp.concatenate([hidden, *states_at(model, tokens, states, cached.reads)], axis=-1)
+        taken = cached.extend(model, arrays, memory.exits, Chunk(tokens, read, start, lengths))
         memory = memory._replace(exits=taken)
     return memory, last_states(hidden, last, start, lengths)
 
@@ -95,8 +95,8 @@ def start_decoding(
         )
     model = merge_model(plan.config, weights)
     token = ar.next_token(model, last, lengths, sampling)
-    begun = Prefilled(memory, token, lengths, limits, sampling, prompt)
-    return loop_of(plan).init(model, heads, plan, begun, capacity)
+    prefilled = Prefilled(memory, token, lengths, limits, sampling, prompt)
+    return loop_of(plan).init(model, heads, plan, prefilled, capacity)
 
 
 def run_ticks(
@@ -126,9 +126,9 @@ def check_mesh(plan: Plan, sequences: int) -> None:
     check_batch(plan.mesh, sequences)
 
 
-PREFILL = Program(prefill_chunk, static=("plan",), donate=(2, 3), level=1)
-START = Program(start_decoding, static=("plan", "capacity"), donate=(2,), level=0)
-RUN = Program(run_ticks, static=("plan",), donate=(2,), level=1)
+PREFILL = CompiledFunction(prefill_chunk, static=("plan",), donate=(2, 3), level=1)
+START = CompiledFunction(start_decoding, static=("plan", "capacity"), donate=(2,), level=0)
+RUN = CompiledFunction(run_ticks, static=("plan",), donate=(2,), level=1)
 PROGRAMS = (PREFILL, START, RUN)
 
 
@@ -160,7 +160,7 @@ class Session:
         self.lengths[: self.sequences] = [len(prompt) for prompt in ids]
         longest = int(self.lengths.max())
         bucket = prompt_bucket(longest)
-        self.chunks = prompt_pieces(longest)
+        self.chunks = chunk_sizes(longest)
         positions = longest + request.max_new_tokens
         self.plan = dataclasses.replace(
             plan,
@@ -202,8 +202,8 @@ class Session:
         kind = (self.plan, self.lm.dtype, self.lm.packing, sizes, self.sampling is None)
         if (forgotten(), kind) in _READY:  # finding the shapes takes half a second too
             return
-        with side_by_side() as begin:
-            self.compile_by(lambda *about, **statics: begin(*about, **statics).out_info)
+        with side_by_side() as start:
+            self.compile_by(lambda *about, **statics: start(*about, **statics).out_info)
         _READY.add((forgotten(), kind))
 
     def compile_by(self, by: Callable[..., Any]) -> None:
@@ -217,8 +217,8 @@ class Session:
         prompt = self._put(_shapes(self.prompt), BY_SEQUENCE)
         about = (self.limits, self.sampling, prompt)
         statics: dict[str, Any] = {"plan": self.plan, "capacity": self.cache_length}
-        begun = by(START, weights, heads, memory, last, lengths, *about, **statics)
-        state = self._put(_shapes(begun), lambda: on_mesh.state_specs(self.plan))
+        started = by(START, weights, heads, memory, last, lengths, *about, **statics)
+        state = self._put(_shapes(started), lambda: on_mesh.state_specs(self.plan))
         # RUN takes longest to compile, and meanwhile PREFILL is traced.
         by(RUN, weights, heads, state, self.limits, self.sampling, scalar, plan=self.plan)
         of_prefill, seen = self._of_prefill(heads)
@@ -265,8 +265,8 @@ class Session:
 
     def _empty_exits(self) -> Any:
         """Return Memory.exits before the prompts, () for nothing."""
-        remembers = self.plan.remembers
-        return () if remembers is None else remembers.empty(len(self.lengths), self.cache_length, self.lm.dtype)
+        cached = self.plan.cached_heads
+        return () if cached is None else cached.empty(len(self.lengths), self.cache_length, self.lm.dtype)
 
     def _put(self, tree: Any, specs: Any) -> Any:
         """Place arrays or shapes on the mesh, if there is one, by `specs` or by a function that gives them."""
@@ -281,7 +281,7 @@ class Session:
         """Return the part of plan and heads that prefill depends on, so that all methods share its programs."""
         depths = self.plan.depths[-1:]
         plan = dataclasses.replace(self.plan, method="ar", depths=depths, rows=1, decs=False, drafts=None, loop="ar")
-        if plan.remembers is plan.drafter:
+        if plan.cached_heads is plan.drafter:
             return dataclasses.replace(plan, exits=None), Heads(drafter=heads.drafter)
         return dataclasses.replace(plan, drafter=None), Heads(exits=heads.exits)
 
@@ -299,16 +299,16 @@ class Session:
         """Run at most `ticks` more ticks and return the record on the host."""
         self.tick += ticks
         until = self._put(jnp.int32(self.tick), EVERYWHERE)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         if self.costs is not None:
             costs = self._put(jax.device_put(self.costs.relative()), EVERYWHERE)
-            pace = self.state.pace._replace(costs=costs)
-            self.state = self.state._replace(pace=pace)
+            choice = self.state.choice._replace(costs=costs)
+            self.state = self.state._replace(choice=choice)
         self.state = RUN(self.lm.weights, self.heads, self.state, self.limits, self.sampling, until, plan=self.plan)
         record = self.record()
         if self.costs is not None:
-            ran, self.ran = self.ran, to_host(self.state.pace.ran).max(axis=0)
-            self.costs.learn(self.ran - ran, time.perf_counter() - begun)
+            ran, self.ran = self.ran, to_host(self.state.choice.ran).max(axis=0)
+            self.costs.learn(self.ran - ran, time.perf_counter() - start)
             if record.done.all():
                 self.costs.keep()
         return record

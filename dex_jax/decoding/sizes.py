@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-PIECES = (512, 192, 48)
-CACHE_STEP = ALONE = 1024
-SMALLEST_CACHE = {1: ALONE, 2: 512, 4: 512}
+CHUNK_SIZES = (512, 192, 48)
+CACHE_STEP = SMALL_CACHE = 1024
+SMALLEST_CACHE = {1: SMALL_CACHE, 2: 512, 4: 512}
 """The smallest cache length S by the number of sequences, 256 for others: caches of few are small beside the
 weights, and all lengths up to it share their programs."""
 
 BATCH_STEP = 4
 
 
-def prompt_pieces(length: int) -> tuple[int, ...]:
+def chunk_sizes(length: int) -> tuple[int, ...]:
     """Return the sizes of the chunks in which a prompt of `length` tokens is prefilled; only the last is padded.
 
     Prompts of all lengths share the programs of a few sizes. Chunks are as few as possible, as each reads
     all weights, and padding costs next to nothing.
     """
-    whole, rest = divmod(length, PIECES[0])
-    return (PIECES[0],) * whole + ((min(size for size in PIECES if size >= rest),) if rest else ())
+    whole, rest = divmod(length, CHUNK_SIZES[0])
+    return (CHUNK_SIZES[0],) * whole + ((min(size for size in CHUNK_SIZES if size >= rest),) if rest else ())
 
 
 def prompt_bucket(length: int) -> int:
     """Return the padded length of a prompt."""
-    return sum(prompt_pieces(length))
+    return sum(chunk_sizes(length))
 
 
 def cache_length_for(prompt_length: int, max_new_tokens: int, ahead: int, batch: int) -> int:

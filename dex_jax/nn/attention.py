@@ -110,9 +110,9 @@ def _attend_in_blocks(cap: float | None, queries: jax.Array, sources: Sequence[K
         seen = _seen_by_group(mask, rows, heads // groups)
         scores = jnp.where(seen.swapaxes(1, 2)[:, None], scores, MASKED_SCORE)
         new = jnp.maximum(most, scores.max(axis=2))
-        weights, kept = jnp.exp(scores - new[:, :, None]), jnp.exp(most - new)
+        weights, rescale = jnp.exp(scores - new[:, :, None]), jnp.exp(most - new)
         part = _sum_in_float32("bgsn,bgsd->bgnd", weights.astype(values.dtype), values)
-        return new, total * kept + weights.sum(axis=2), mixed * kept[..., None] + part
+        return new, total * rescale + weights.sum(axis=2), mixed * rescale[..., None] + part
 
     shape = by_group.shape[:3]
     state = (jnp.full(shape, MASKED_SCORE), jnp.zeros(shape), jnp.zeros((*shape, width)))

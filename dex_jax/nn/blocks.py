@@ -23,7 +23,7 @@ FORMATS = {
 """The columns and bytes of one block, by ggml's name of the format."""
 
 
-class Pieces(NamedTuple):
+class Unpacked(NamedTuple):
     """Unpacked blocks; a number is scale * code + least."""
 
     codes: jax.Array  # [..., groups, n] int8 or uint8
@@ -36,7 +36,7 @@ class Pieces(NamedTuple):
         return scaled if self.least is None else scaled + self.least
 
 
-def pieces(part: jax.Array, format: str) -> Pieces:
+def unpack(part: jax.Array, format: str) -> Unpacked:
     """Unpack rows [..., bytes] uint8 of one of FORMATS; groups are those of a row, in the order of its columns."""
     _, size = FORMATS[format]
     each = _PIECES[format](part.reshape(*part.shape[:-1], -1, size))
@@ -60,22 +60,22 @@ def _bits(codes: jax.Array, axis: int, step: int) -> jax.Array:
     return codes >> jnp.arange(0, 8, step, dtype=jnp.uint8).reshape(shape)
 
 
-def _q4_0(blocks: jax.Array) -> Pieces:
-    return Pieces(_less(_nibbles(blocks[..., 2:]), 8), _half(blocks, 0))
+def _q4_0(blocks: jax.Array) -> Unpacked:
+    return Unpacked(_less(_nibbles(blocks[..., 2:]), 8), _half(blocks, 0))
 
 
-def _q4_1(blocks: jax.Array) -> Pieces:
-    return Pieces(_nibbles(blocks[..., 4:]), _half(blocks, 0), _half(blocks, 2))
+def _q4_1(blocks: jax.Array) -> Unpacked:
+    return Unpacked(_nibbles(blocks[..., 4:]), _half(blocks, 0), _half(blocks, 2))
 
 
-def _q5_0(blocks: jax.Array) -> Pieces:
+def _q5_0(blocks: jax.Array) -> Unpacked:
     fifth = _bits(blocks[..., 2:6, None], -1, 1) & 1
     codes = _nibbles(blocks[..., 6:]) | fifth.reshape(*blocks.shape[:-1], 32) << 4
-    return Pieces(_less(codes, 16), _half(blocks, 0))
+    return Unpacked(_less(codes, 16), _half(blocks, 0))
 
 
-def _q8_0(blocks: jax.Array) -> Pieces:
-    return Pieces(jax.lax.bitcast_convert_type(blocks[..., 2:], jnp.int8), _half(blocks, 0))
+def _q8_0(blocks: jax.Array) -> Unpacked:
+    return Unpacked(jax.lax.bitcast_convert_type(blocks[..., 2:], jnp.int8), _half(blocks, 0))
 
 
 def _less(codes: jax.Array, zero: int) -> jax.Array:
@@ -99,24 +99,24 @@ def _k_codes(codes: jax.Array) -> jax.Array:
     return _nibbles(codes.reshape(*lead, 4, 32)).reshape(*lead, 8, 32)
 
 
-def _q4_k(blocks: jax.Array) -> Pieces:
-    return Pieces(_k_codes(blocks[..., 16:]), *_k_scales(blocks))
+def _q4_k(blocks: jax.Array) -> Unpacked:
+    return Unpacked(_k_codes(blocks[..., 16:]), *_k_scales(blocks))
 
 
-def _q5_k(blocks: jax.Array) -> Pieces:
+def _q5_k(blocks: jax.Array) -> Unpacked:
     fifth = _bits(blocks[..., None, 16:48], -2, 1) & 1
-    return Pieces(_k_codes(blocks[..., 48:]) | fifth << 4, *_k_scales(blocks))
+    return Unpacked(_k_codes(blocks[..., 48:]) | fifth << 4, *_k_scales(blocks))
 
 
-def _q6_k(blocks: jax.Array) -> Pieces:
+def _q6_k(blocks: jax.Array) -> Unpacked:
     lead = blocks.shape[:-1]
     four = _nibbles(blocks[..., :128].reshape(*lead, 2, 64)).reshape(*lead, 2, 4, 32)
     two = _bits(blocks[..., 128:192].reshape(*lead, 2, 1, 32), -2, 2) & 3
     scales = jax.lax.bitcast_convert_type(blocks[..., 192:208], jnp.int8).astype(jnp.float32)
-    return Pieces(_less((four | two << 4).reshape(*lead, 16, 16), 32), (_half(blocks, 208) * scales)[..., None])
+    return Unpacked(_less((four | two << 4).reshape(*lead, 16, 16), 32), (_half(blocks, 208) * scales)[..., None])
 
 
-_PIECES: dict[str, Callable[[jax.Array], Pieces]] = {
+_PIECES: dict[str, Callable[[jax.Array], Unpacked]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
     "Q5_0": _q5_0,

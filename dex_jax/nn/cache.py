@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from dex_jax.config import LayerKind, ModelConfig
 from dex_jax.nn import few_rows, gpu_writes
 from dex_jax.nn.kinds import MOST_WRITTEN, KindTable, common_window, kind_table, ring_length, ring_of
+from dex_jax.nn.no_copies import ordered_after
 from dex_jax.nn.transformer import Staged
 
 UNROLLED_WRITES = 2
@@ -92,24 +93,6 @@ def with_cohort(memory: Memory, config: ModelConfig, rows: int) -> Memory:
     leaf = jax.tree.leaves(memory.keys)[0]
     blank = jnp.zeros((config.num_layers, leaf.shape[-4], config.num_kv_heads, rows, config.head_dim), leaf.dtype)
     return memory._replace(lattice_keys=blank, lattice_values=blank)
-
-
-def after(index: jax.Array, *results: jax.Array) -> jax.Array:
-    """Return `index` unchanged, but not before every one of `results` (any float arrays) has been computed.
-
-    Writing at such an index tells XLA that a cache is read before it is written. Without that it cannot prove the order
-    inside a loop and copies the whole cache in every step. TPUs copy nothing without it, and with it they give every
-    cache a new layout in every tick (tests/test_compiled.py), so there it does nothing.
-    """
-
-    def wait(index: jax.Array, *results: jax.Array) -> jax.Array:
-        bit = jnp.int32(0)
-        for result in results:
-            first = result.reshape(-1)[0].astype(jnp.float32)
-            bit = bit | (jax.lax.bitcast_convert_type(first, jnp.int32) & 1)
-        return jnp.minimum(index, index + bit)
-
-    return jax.lax.platform_dependent(index, *results, tpu=lambda index, *results: index, default=wait)
 
 
 NOWHERE = -1
@@ -187,7 +170,7 @@ def commit_slots(memory: Memory, slot: jax.Array, position: jax.Array, kinds: Ki
             size = (1, cache.shape[1], 1, cache.shape[3])
             each = [jax.lax.dynamic_slice(lattice, (b, 0, slot[b, i], 0), size) for i in range(count)]
             new = each[0] if count == 1 else jnp.concatenate(each, axis=-2)
-            return _put_at(cache, new, b, after(position[b], new), ring)
+            return _put_at(cache, new, b, ordered_after(position[b], new), ring)
 
         return _for_each(cache.shape[0], write, cache)
 

@@ -207,10 +207,10 @@ def takes_tiles() -> bool:
     return ASSUMED.get() is None and _registered() is not None
 
 
-def begin(formats: Iterable[str]) -> None:
+def start_build(formats: Iterable[str]) -> None:
     """Start to build the library of all models and those of `formats`, as far as they are missing, in threads."""
     for format in ("", *sorted(formats)) if _wanted() else ():
-        native.begin(*_parts(format))
+        native.start_build(*_parts(format))
 
 
 def _wanted() -> bool:
@@ -236,7 +236,7 @@ def _registered() -> ctypes.CDLL | None:
         return None
     try:
         compiled = native.loaded(*_parts(""))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, subprocess.CalledProcessError, DexError) as error:
         print(f"{MISSING} ({error})", file=sys.stderr)
         return None
     for target in (NORM, PRODUCT, ATTENTION, TURN, GATE, WRITE):

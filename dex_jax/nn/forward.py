@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dex_jax.nn.attention import KeyValues, attend, causal_rows
-from dex_jax.nn.cache import NOWHERE, Memory, after, allocate, lengths_of, write_in_place, write_rows, written_in_place
+from dex_jax.nn.cache import NOWHERE, Memory, allocate, lengths_of, write_in_place, write_rows, written_in_place
 from dex_jax.nn.gpu_writes import MOST_ROWS
 from dex_jax.nn.in_turn import Place, cached, in_turn, is_loop
 from dex_jax.nn.kinds import MasksAndRotation, masks_and_rotation_at, masks_and_rotations
 from dex_jax.nn.layers import DecoderLayer
-from dex_jax.nn.products import FEWEST, computed_once, fills_rows
+from dex_jax.nn.no_copies import ordered_after, without_recompute
+from dex_jax.nn.products import FEWEST, fills_rows
 from dex_jax.nn.transformer import Transformer
 
 
@@ -102,11 +103,11 @@ def states_at(model: Transformer, tokens: jax.Array, states: Any, depths: tuple[
 
 
 def extend_rows(
-    model: Any, memory: Memory, x: jax.Array, start: jax.Array, lengths: jax.Array | None = None, begin: int = 0
+    model: Any, memory: Memory, x: jax.Array, start: jax.Array, lengths: jax.Array | None = None, first_seen: int = 0
 ) -> tuple[Any, Memory]:
     """Run `extend` on rows [B, R, ...] in the form that the first layer reads.
 
-    `model` is a Transformer, or an Eagle head. Positions before `begin` are seen by themselves only.
+    `model` is a Transformer, or an Eagle head. Positions before `first_seen` are seen by themselves only.
     """
     batch, count = x.shape[:2]
     loop = is_loop(model)
@@ -115,8 +116,8 @@ def extend_rows(
     x = jnp.pad(x, ((0, 0), (0, rows - count), (0, 0)))
     positions = start[:, None] + jnp.arange(rows)[None, :]
     causal = causal_rows(batch, rows)
-    if begin:
-        causal &= (positions >= begin)[:, None] | jnp.eye(rows, dtype=bool)[None]
+    if first_seen:
+        causal &= (positions >= first_seen)[:, None] | jnp.eye(rows, dtype=bool)[None]
     live, first = None, start
     if lengths is not None:
         # A row of zeros that sees nothing stays one through all layers, and on CPUs (nn/cpp) costs nothing there.
@@ -126,7 +127,9 @@ def extend_rows(
             # Rows long after a sequence's end would overwrite what its last rows still see in a ring.
             first = jnp.where(start < lengths, start, NOWHERE)
     sizes = lengths_of(memory)
-    found = masks_and_rotations(model.config, model.kinds, positions, start, sizes, causal, live=live, begin=begin)
+    found = masks_and_rotations(
+        model.config, model.kinds, positions, start, sizes, causal, live=live, first_seen=first_seen
+    )
 
     def run(layer: DecoderLayer, x: jax.Array, place: Place, keys: Any, values: Any) -> tuple[jax.Array, ...]:
         own = cached(keys, place), cached(values, place)
@@ -140,7 +143,7 @@ def extend_rows(
     def run_and_write(layer: DecoderLayer, carry: Any, place: Place) -> Any:
         x, *caches = carry
         x, *fresh = run(layer, x, place, *caches)
-        at = after(first, x)
+        at = ordered_after(first, x)
         own = (each[:, :, :count] for each in fresh)
         return (x, *(_write(model, *each, at, place) for each in zip(caches, own, strict=True))), x[:, :count]
 
@@ -200,20 +203,22 @@ def run_rows(
     in_use: InUse = (),
     reads: tuple[int, ...] = (),
     beside: Beside | None = None,
-    begin: int = 0,
+    first_seen: int = 0,
 ) -> tuple[jax.Array, tuple[Any, Any]]:
     """Run N rows of each sequence, hidden [B, N, D] at position [B, N], through l consecutive `layers` (0-based).
 
     Nothing is written. Rows attend to positions 0 .. prefix - 1 (prefix [B] int32) of these layers, to the rows that
     `among` [B, N, N] bool says, themselves included, and to those `beside` them. Layers that are not `in_use` are
-    skipped, and give zeros as keys and values. `model` and `begin` are those of `extend_rows`.
+    skipped, and give zeros as keys and values. `model` and `first_seen` are those of `extend_rows`.
 
     Returns (hidden states [B, N, D] after the last layer, the rows' (keys, values): l of [B, G, N, d], or one array
     [l, B, G, N, d]). If all layers run, states at depths `reads` can stand behind the last ones, [B, N, (1 + reads) D].
     """
     sizes = lengths_of(memory)
     seen, places = (None, None) if beside is None else (beside.seen, beside.position)
-    found = masks_and_rotations(model.config, model.kinds, position, prefix, sizes, among, seen, places, begin=begin)
+    found = masks_and_rotations(
+        model.config, model.kinds, position, prefix, sizes, among, seen, places, first_seen=first_seen
+    )
 
     def layer_step(layer: DecoderLayer, x: jax.Array, place: Place) -> Any:
         used = in_use[place] if isinstance(place, int) and place < len(in_use) else None
@@ -248,7 +253,7 @@ def commit_rows(
         return done.reshape(-1)[:1], *rows
 
     # Otherwise XLA chooses all layers' rows anew for every layer that it writes, and compiles that six times as long.
-    done, *keys_values = computed_once(chosen, row, done, *fresh)
+    done, *keys_values = without_recompute(chosen, row, done, *fresh)
     return write_layers(model, memory, keys_values, prefix, layers, done)
 
 
@@ -266,7 +271,7 @@ def write_layers(
     start + P must not pass the cache's end. `done` is any array that is known only after memory has been read. All rows
     are written; where memory is written in place, `row` [B, P] may choose some.
     """
-    at = after(start, done)
+    at = ordered_after(start, done)
     rows = jax.tree.leaves(fresh)[0].shape[-2] if row is None else row.shape[1]
     if written_in_place(memory.keys, rows):
         here = slice(layers.start, layers.stop)

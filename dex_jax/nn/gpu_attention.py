@@ -99,9 +99,9 @@ def attend_in_one_kernel(queries: jax.Array, sources: Sequence[Any], interpret: 
     )(*arguments)
     # One by one, as reductions would be kernels of their own.
     top = functools.reduce(jnp.maximum, [highest[i] for i in range(shares)])
-    kept = [jnp.exp(highest[i] - top) for i in range(shares)]
-    above = functools.reduce(jnp.add, [mixed[i] * kept[i][..., None] for i in range(shares)])
-    below = functools.reduce(jnp.add, [total[i] * kept[i] for i in range(shares)])
+    rescale = [jnp.exp(highest[i] - top) for i in range(shares)]
+    above = functools.reduce(jnp.add, [mixed[i] * rescale[i][..., None] for i in range(shares)])
+    below = functools.reduce(jnp.add, [total[i] * rescale[i] for i in range(shares)])
     out = (above / below[..., None])[:, :, :count].reshape(batch, groups, rows, heads // groups, width).swapaxes(1, 2)
     return out.reshape(batch, rows, heads, width).astype(queries.dtype)
 
@@ -144,9 +144,9 @@ def _add(state: Any, queries: jax.Array, keys: jax.Array, values: jax.Array, see
     highest, total, mixed = state
     scores = jnp.where(seen, _product(queries, keys, 1), NOTHING)
     new = jnp.maximum(highest, jnp.max(scores, axis=1))
-    kept, weights = jnp.exp(highest - new), jnp.where(seen, jnp.exp(scores - new[:, None]), 0)
+    rescale, weights = jnp.exp(highest - new), jnp.where(seen, jnp.exp(scores - new[:, None]), 0)
     added = _product(weights.astype(values.dtype), values, 0)
-    return new, total * kept + jnp.sum(weights, axis=1), mixed * kept[:, None] + added
+    return new, total * rescale + jnp.sum(weights, axis=1), mixed * rescale[:, None] + added
 
 
 def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:

@@ -101,7 +101,7 @@ def masks_and_rotations(
     lattice: jax.Array | None = None,
     slots: jax.Array | None = None,
     live: jax.Array | None = None,
-    begin: int = 0,
+    first_seen: int = 0,
 ) -> list[list[MasksAndRotation]]:
     """Return the masks and the rotation for each kind in `table.distinct` and each of `lengths`.
 
@@ -115,7 +115,7 @@ def masks_and_rotations(
       lattice: [B, R, slots] bool, the lattice slots that rows see if there is no window; None for none.
       slots: [B, slots] int32, the positions of the lattice slots; None for none.
       live: [B, R, 1] bool, rows that see anything committed; None for all.
-      begin: the first committed position that is seen.
+      first_seen: the first committed position that is seen.
     """
 
     def within(seen: jax.Array, keys: jax.Array, window: int | None) -> jax.Array:
@@ -127,7 +127,7 @@ def masks_and_rotations(
             place, newest = held - MOST_WRITTEN, prefix[:, None] - 1
             inside = (place >= 0) & (place < ring)
             held = jnp.where(inside, newest - (newest - place) % ring, -1)
-        seen = within(((held >= begin) & (held < prefix[:, None]))[:, None], held, kind.window)
+        seen = within(((held >= first_seen) & (held < prefix[:, None]))[:, None], held, kind.window)
         return seen if live is None else seen & live
 
     def masks(kind: LayerKind, length: int) -> MasksAndRotation:

@@ -36,7 +36,7 @@ _builds: dict[str, Future[Path]] = {}  # results of `library`, by name
 _running: dict[subprocess.Popen[bytes], str] = {}  # compilers, and the folders that they write into
 
 
-def begin(name: str, source: Path, flags: tuple[str, ...]) -> Future[Path]:
+def start_build(name: str, source: Path, flags: tuple[str, ...]) -> Future[Path]:
     """Call `library` in a thread, once for each name in a process, and return the future of its result."""
 
     def build(made: Future[Path]) -> None:
@@ -54,12 +54,12 @@ def begin(name: str, source: Path, flags: tuple[str, ...]) -> Future[Path]:
 def loaded(name: str, source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     """Load the library, building it once more if it cannot be loaded; errors are those of `library`."""
     try:
-        kept = begin(name, source, flags).result()
+        library_file = start_build(name, source, flags).result()
         try:
-            return ctypes.CDLL(str(kept))
+            return ctypes.CDLL(str(library_file))
         except OSError as error:
-            print(f"{kept.name} cannot be loaded ({error}): it is built again", file=sys.stderr)
-            kept.unlink(missing_ok=True)
+            print(f"{library_file.name} cannot be loaded ({error}): it is built again", file=sys.stderr)
+            library_file.unlink(missing_ok=True)
             return ctypes.CDLL(str(library(name, source, flags)))
     except BaseException:
         _builds.pop(name, None)  # whoever asks again tries again
@@ -78,22 +78,25 @@ def library(name: str, source: Path, flags: tuple[str, ...]) -> Path:
     # The digest leaves out where the sources lie, so that one build serves all environments.
     made_of = (*sources, instructions, " ".join(options).encode(), jaxlib.__version__.encode())
     digest = _digest(b"\0".join(made_of))[:16]
-    kept = cache_folder() / "native" / f"{name}-{digest}.so"
-    kept.parent.mkdir(mode=0o700, exist_ok=True)
-    kept.parent.chmod(0o700)
-    checksum = kept.with_suffix(".sha256")
-    there = only_the_user_wrote(kept)
-    if there and only_the_user_wrote(checksum) and checksum.read_text() == _digest(kept.read_bytes()):
-        return kept
+    library_file = cache_folder() / "native" / f"{name}-{digest}.so"
+    library_file.parent.mkdir(mode=0o700, exist_ok=True)
+    library_file.parent.chmod(0o700)
+    checksum = library_file.with_suffix(".sha256")
+    there = only_the_user_wrote(library_file)
+    if there and only_the_user_wrote(checksum) and checksum.read_text() == _digest(library_file.read_bytes()):
+        return library_file
     if there:
-        print(f"{kept.name} in {kept.parent} is not what was written there: it is built again", file=sys.stderr)
+        print(
+            f"{library_file.name} in {library_file.parent} is not what was written there: it is built again",
+            file=sys.stderr,
+        )
     notify(f"building the C++ library {name}, once")
     made = _compiled([*options, f"-I{jax.ffi.include_dir()}", str(source)])
     # The library comes last, and takes the place of what is there: another process may be loading it.
-    for file, content in ((checksum, _digest(made).encode()), (kept, made)):
+    for file, content in ((checksum, _digest(made).encode()), (library_file, made)):
         write_whole(file, content)
         file.chmod(0o600)
-    return kept
+    return library_file
 
 
 def _digest(content: bytes) -> str:

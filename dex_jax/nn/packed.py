@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.nn import few_rows
-from dex_jax.nn.blocks import FORMATS, pieces
+from dex_jax.nn.blocks import FORMATS, unpack
 from dex_jax.nn.planes import PLANES, Planes, blank_planes, in_planes
 from dex_jax.nn.products import FEWEST, gpu_capability, rows_times_kernel, sums_over_kernel
 from dex_jax.nn.sharding import nbytes
@@ -202,4 +202,4 @@ def _dense(part: Any, scale: jax.Array | None, format: str) -> jax.Array:
     if format == INT8:
         wide = part.astype(jnp.float32)
         return wide if scale is None else wide * scale[..., None]
-    return pieces(part, format).numbers().reshape(*part.shape[:-1], -1)
+    return unpack(part, format).numbers().reshape(*part.shape[:-1], -1)

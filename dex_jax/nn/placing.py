@@ -53,8 +53,8 @@ def build_on_mesh(
 
         if not name.startswith("layers."):
             whole = host(name)
-            pieces = [lambda index, i=i: laid(i, whole[i][index]) for i in range(len(leaves))]
-            placed = [_spread(own.shape, axes, mesh, piece) for own, piece in zip(whole, pieces, strict=True)]
+            shards = [lambda index, i=i: laid(i, whole[i][index]) for i in range(len(leaves))]
+            placed = [_place_parts(own.shape, axes, mesh, shard) for own, shard in zip(whole, shards, strict=True)]
             return jax.tree.unflatten(tree, placed)
         number = int(name.split(".")[1].lstrip("*"))
 
@@ -69,21 +69,21 @@ def build_on_mesh(
             return laid(leaf, tensor_part(config, field, tensor(index[0].start or 0)[leaf], index[1:]))[None]
 
         lead = ("stage", *axes)
-        placed = [_spread(leaf.shape, lead, mesh, functools.partial(part, i)) for i, leaf in enumerate(leaves)]
+        placed = [_place_parts(leaf.shape, lead, mesh, functools.partial(part, i)) for i, leaf in enumerate(leaves)]
         return jax.tree.unflatten(tree, placed)
 
     return Transformer(config, init, layout)
 
 
-def _spread(
+def _place_parts(
     shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh, part: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
     """Make an array with these logical axes of the parts that `part` returns for the devices of this process."""
     sharding = NamedSharding(mesh, partition(axes[: len(shape)], shape, mesh))
     where: dict[Any, Any] = dict(sharding.addressable_devices_indices_map(shape))
     devices = sorted(where, key=lambda device: where[device][0].start or 0)
-    pieces = [jax.device_put(part(where[device]), device) for device in devices]
-    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+    shards = [jax.device_put(part(where[device]), device) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def tensor_part(config: ModelConfig, field: str, whole: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
@@ -103,10 +103,10 @@ def tensor_part(config: ModelConfig, field: str, whole: np.ndarray, index: tuple
     if field not in split or first.start is None:
         return whole[index]
     rows = first.stop - first.start
-    pieces = whole.shape[0] // rows
+    splits = whole.shape[0] // rows
     at = first.start // rows
     bounds = np.cumsum(split[field])[:-1]
-    parts = [np.split(part, pieces)[at] for part in np.split(whole, bounds)]
+    parts = [np.split(part, splits)[at] for part in np.split(whole, bounds)]
     return np.concatenate(parts)
 
 
@@ -125,12 +125,12 @@ def weight_specs(weights: Any, mesh: Mesh | None) -> Any:
 
 def device_config(config: ModelConfig, layout: Staged, mesh: Mesh) -> ModelConfig:
     """Return the configuration of one device's part: the layers of its stages, and its share of heads and mlp."""
-    pieces = mesh.shape[TENSOR]
+    splits = mesh.shape[TENSOR]
     return dataclasses.replace(
         config,
         num_layers=len(layout.places),
         layer_kinds=(),  # they differ from device to device, and `kind_table` has them
-        num_heads=config.num_heads // pieces,
-        num_kv_heads=config.num_kv_heads // pieces,
-        mlp_width=config.mlp_width // pieces,
+        num_heads=config.num_heads // splits,
+        num_kv_heads=config.num_kv_heads // splits,
+        mlp_width=config.mlp_width // splits,
     )

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dex_jax.nn.blocks import FORMATS, Pieces, pieces
+from dex_jax.nn.blocks import FORMATS, Unpacked, unpack
 from dex_jax.nn.products import dot, filled_up
 
 PLANES = " in planes"
@@ -30,7 +30,7 @@ _AT_ONCE = 1 << 24
 """Number of weights that are unpacked at once: a TPU's compiler holds 8 bytes of each."""
 
 
-class Planes(Pieces):
+class Planes(Unpacked):
     """A kernel [out, in] in planes: codes [n, in / n, out], with 4 bits as int4 or uint4, the rest [1, in / n, out]."""
 
     @property
@@ -86,8 +86,8 @@ def in_planes(blocks: np.ndarray, format: str) -> Planes:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _split(blocks: jax.Array, format: str) -> Pieces:
-    return jax.tree.map(lambda x: x.transpose(2, 1, 0), pieces(blocks, format))
+def _split(blocks: jax.Array, format: str) -> Unpacked:
+    return jax.tree.map(lambda x: x.transpose(2, 1, 0), unpack(blocks, format))
 
 
 def _planes(blocks: jax.Array | np.ndarray, format: str) -> Planes:

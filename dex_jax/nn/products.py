@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
-class Device(NamedTuple):
+class CompileTarget(NamedTuple):
     """The device that programs are compiled for."""
 
     platform: str  # as jax.Device.platform
     capability: float = 0.0  # compute capability of an NVIDIA GPU
 
 
-ASSUMED: ContextVar[Device | None] = ContextVar("ASSUMED", default=None)
+ASSUMED: ContextVar[CompileTarget | None] = ContextVar("ASSUMED", default=None)
 """The device that programs are compiled for, if it is not the one at hand."""
 
 TRITON = "Triton"
@@ -28,16 +27,16 @@ FEWEST = 8
 """The fewest rows of a product on GPUs and TPUs: for fewer, compilers avoid the matrix units, which is far slower."""
 
 
-def compiled_for() -> Device:
+def compiled_for() -> CompileTarget:
     """Return the device that programs traced now are compiled for."""
     assumed = ASSUMED.get()
     if assumed is not None:
         return assumed
     device = jax.devices()[0]
     try:
-        return Device(device.platform, float(device.compute_capability) if device.platform == "gpu" else 0.0)
+        return CompileTarget(device.platform, float(device.compute_capability) if device.platform == "gpu" else 0.0)
     except ValueError:  # AMD's names are no numbers
-        return Device(device.platform)
+        return CompileTarget(device.platform)
 
 
 def gpu_capability() -> float:
@@ -86,17 +85,6 @@ def sums_over_kernel(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     """Compute `rows_times_kernel` of few rows as sums over a float32 kernel that XLA need not hold in memory."""
     wide = rows.astype(jnp.float32)
     return jnp.stack([jnp.sum(kernel * wide[r][None], axis=-1) for r in range(rows.shape[0])])
-
-
-def computed_once(function: Callable[..., Any], first: jax.Array, *others: jax.Array) -> Any:
-    """Return function(first, *others), which CPUs do not compute anew for each use; `first` is int32, above -2^30."""
-
-    def branch(first: jax.Array, *others: jax.Array) -> Any:
-        # XLA does not know that this is always true, and leaves branches alone.
-        above = jnp.any(first > -(2**30))
-        return jax.lax.cond(above, function, lambda first, *others: function(0 * first, *others), first, *others)
-
-    return jax.lax.platform_dependent(first, *others, cpu=branch, default=function)
 
 
 def dot(a: jax.Array, b: jax.Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:

@@ -15,7 +15,8 @@ import numpy as np
 
 from dex_jax.config import LayerKind, ModelConfig, RopeScaling
 from dex_jax.nn import few_rows
-from dex_jax.nn.products import computed_once, dot
+from dex_jax.nn.no_copies import without_recompute
+from dex_jax.nn.products import dot
 
 ALIKE = LayerKind()
 """The kind of all layers of a model that has but one kind."""
@@ -41,12 +42,12 @@ def rope_frequencies(config: ModelConfig, kind: LayerKind = ALIKE) -> np.ndarray
         factors = scaling.long_factors if scaling.long else scaling.short_factors
         return frequencies / np.asarray(factors, np.float32)
     if scaling.kind == "yarn":
-        kept = 1 - _yarn_ramp(scaling, width, float(theta))
+        unscaled = 1 - _yarn_ramp(scaling, width, float(theta))
     else:
         turns = scaling.original_context * frequencies / (2 * np.pi)
-        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        kept = np.clip(kept, 0.0, 1.0)
-    return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
+        unscaled = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        unscaled = np.clip(unscaled, 0.0, 1.0)
+    return ((1 - unscaled) * frequencies / scaling.factor + unscaled * frequencies).astype(np.float32)
 
 
 def _yarn_ramp(scaling: RopeScaling, width: int, theta: float) -> np.ndarray:
@@ -79,7 +80,7 @@ def rope_table(positions: jax.Array, config: ModelConfig, kind: LayerKind = ALIK
         return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
 
     # Otherwise XLA computes sines and cosines anew in every layer, for every head; on CPUs despite the barrier.
-    cos, sin = jax.lax.optimization_barrier(computed_once(table, positions))
+    cos, sin = jax.lax.optimization_barrier(without_recompute(table, positions))
     if scaling is None or not scaling.query_growth:
         return Rotation(cos, sin)
     laps = (positions // scaling.original_context).astype(jnp.float32)

@@ -130,16 +130,16 @@ def make_mesh(wanted: str | dict[str, int] | Mesh, devices: Sequence[jax.Device]
 
 def check_model(mesh: Mesh, config: ModelConfig) -> None:
     """Raise DexError for more stages than the model has layers, or a tensor axis that cannot split the model."""
-    stages, pieces = mesh.shape[STAGE], mesh.shape[TENSOR]
+    stages, splits = mesh.shape[STAGE], mesh.shape[TENSOR]
     if stages > config.num_layers:
         raise DexError(f"a mesh of {stages} stages needs as many layers, and the model has {config.num_layers}")
     heads, groups, mlp = config.num_heads, config.num_kv_heads, config.mlp_width
-    if heads % pieces or groups % pieces or mlp % pieces:
+    if heads % splits or groups % splits or mlp % splits:
         raise DexError(
-            f"tensor={pieces} must divide the model's {heads} heads, {groups} key-value heads and mlp width {mlp}: "
+            f"tensor={splits} must divide the model's {heads} heads, {groups} key-value heads and mlp width {mlp}: "
             "choose another size"
         )
-    if config.qk_norm_whole and pieces > 1:
+    if config.qk_norm_whole and splits > 1:
         raise DexError("a model that norms all heads together is not split over a tensor axis: use stage= instead")
 
 

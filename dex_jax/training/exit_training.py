@@ -18,7 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from dex_jax.config import ExitsConfig
-from dex_jax.decoding.forced import Text as Prompted
+from dex_jax.decoding.forced import PromptAndAnswer
 from dex_jax.errors import DexError
 from dex_jax.io.exits_file import FILE_NAME, TrainedExits, save_exits
 from dex_jax.io.whole_files import write_json
@@ -37,7 +37,7 @@ from dex_jax.training.sources import Mixture, SourceOptions, open_mixture
 from dex_jax.training.trainer import Trained, train
 
 Tell = Callable[[str], None]
-Groups = dict[str, list[Prompted]]
+Groups = dict[str, list[PromptAndAnswer]]
 
 HELD_OUT, VOCABULARY, TOKENS = "held_out.json", "draft_vocabulary.json", "tokens.json"
 
@@ -133,9 +133,9 @@ def train_exits(
 
     evaluates = evaluate if groups else None
     task = Distillation(lm, shapes, vocabulary, made.rows, made.about, config.options, evaluates, initial)
-    begin = time.perf_counter()
+    started = time.perf_counter()
     trained = train(task, config.train, folder, mesh=mesh)
-    exits = task.trained(trained.params, _about(config, initial, trained, folder, time.perf_counter() - begin))
+    exits = task.trained(trained.params, _about(config, initial, trained, folder, time.perf_counter() - started))
     save_exits(folder / FILE_NAME, exits)
     return dataclasses.replace(exits, source=str(folder))
 
@@ -161,11 +161,11 @@ def texts_of(
         write_json(first, tokens)
     kept = answers_of(config, lm, mixture, folder, answers)
     with contextlib.closing(Display()) as display:
-        begin = time.perf_counter()
+        started = time.perf_counter()
 
         def told(there: int) -> None:
             share = there / tokens
-            left = (time.perf_counter() - begin) * (1 - share) / share if share else None
+            left = (time.perf_counter() - started) * (1 - share) / share if share else None
             display(Standing(f"texts to learn from, {there} of {tokens} tokens", share, left, share >= 1))
 
         texts = kept.at_least(tokens, told)

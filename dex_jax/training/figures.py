@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dex_jax.decoding.forced import Forced, Text, batches, dex_exits, first_exits, force
+from dex_jax.decoding.forced import Forced, PromptAndAnswer, batches, dex_exits, first_exits, force
 from dex_jax.decoding.generate import generate
 from dex_jax.decoding.record import ticks_of
 from dex_jax.decoding.request import AR
@@ -71,7 +71,7 @@ class ExitFigures:
         return plain(dataclasses.asdict(self))
 
 
-def answers(lm: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int, batch: int) -> list[Text]:
+def answers(lm: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int, batch: int) -> list[PromptAndAnswer]:
     """Return the model's greedy answers to prompts, as texts in the order of the prompts.
 
     Prompts of similar length are answered a `batch` at a time. Raise DexError where `dex_jax.generate` does.
@@ -79,7 +79,7 @@ def answers(lm: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int, b
     if batch < 1:
         raise DexError(f"batch must be at least 1, not {batch}")
     ids = [lm.encode(prompt) for prompt in prompts]
-    texts: dict[int, Text] = {}
+    texts: dict[int, PromptAndAnswer] = {}
     for chosen in batches([len(each) for each in ids], batch):
         # The last batch is filled up, so that it needs no program of its own.
         filled = [ids[i] for i in chosen] + [ids[chosen[-1]]] * (batch - len(chosen))
@@ -95,7 +95,7 @@ def even_grids(layers: int) -> list[tuple[int, ...]]:
 
 
 def grouped_figures(
-    lm: LanguageModel, exits: TrainedExits, groups: Mapping[str, Sequence[Text]], batch: int = 8
+    lm: LanguageModel, exits: TrainedExits, groups: Mapping[str, Sequence[PromptAndAnswer]], batch: int = 8
 ) -> dict[str, ExitFigures]:
     """Measure exits on each named group of texts, and add "mean", the mean of the groups, when there are several.
 
@@ -124,8 +124,8 @@ def grouped_figures(
 
 def figures_of(forced: Forced) -> ExitFigures:
     """Return the figures of what `forced.force` found."""
-    said, count = forced.said, len(forced.target)
-    right = (said.best[:, :, 0] == forced.target[:, None]).T
+    outputs, count = forced.outputs, len(forced.answer_tokens)
+    right = (outputs.best[:, :, 0] == forced.answer_tokens[:, None]).T
     depths = forced.exits.depths
     true = [forced.asks.index((depth, forced.layers)) for depth in depths]
     gives = np.concatenate([right[true], np.ones((1, count), bool)])
@@ -139,7 +139,7 @@ def figures_of(forced: Forced) -> ExitFigures:
             for (depth, source), row in zip(forced.asks, right, strict=True)
             if source != forced.layers
         ),
-        divergence=tuple(said.divergence[:, true].mean(axis=0, dtype=np.float64).tolist()),
+        divergence=tuple(outputs.divergence[:, true].mean(axis=0, dtype=np.float64).tolist()),
         ead=tuple((np.bincount(gives.argmax(axis=0), minlength=len(gives)) / count).tolist()),
         draft_share=float(forced.held.mean()),
         grids=tuple(_grid_figures(forced, grid) for grid in forced.grids),

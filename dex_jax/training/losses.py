@@ -55,9 +55,9 @@ def exit_losses(
         return jax.tree.map(jnp.add, sums, found), None
 
     zeros = jnp.zeros(features.shape[0])
-    (loss, agree, covered), _ = jax.lax.scan(one_block, (zeros, zeros, jnp.zeros(())), parts)
+    (loss, agree, in_vocabulary), _ = jax.lax.scan(one_block, (zeros, zeros, jnp.zeros(())), parts)
     total = jnp.maximum(jnp.sum(weight, axis=1), 1e-6)
-    return loss / total, agree / total, covered / total[0]
+    return loss / total, agree / total, in_vocabulary / total[0]
 
 
 @jax.custom_vjp
@@ -94,8 +94,8 @@ def _forward(features: jax.Array, final: jax.Array, weight: jax.Array, vocabular
         return None, (loss, agree, gradient.astype(row.dtype))
 
     _, (loss, agree, gradient) = jax.lax.scan(one_exit, None, (features, weight))
-    covered = jnp.sum((target.best < width) * weight[0])
-    return (loss, agree, covered), gradient
+    in_vocabulary = jnp.sum((target.best < width) * weight[0])
+    return (loss, agree, in_vocabulary), gradient
 
 
 def _block_backward(kept, cotangent):

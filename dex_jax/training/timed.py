@@ -137,12 +137,12 @@ def train_for(
     budget, comparing = _budget_of(folder), 0.0 if explorers else min(COMPARING * 60 * minutes, LONGEST_COMPARISON)
     if not budget.tokens:
         with contextlib.closing(Display()) as display:
-            begin = time.perf_counter() - budget.seconds
-            timing = _Timing(config, lm, folder / BUDGET, mesh, fixed, begin, 60 * minutes, display)
+            started = time.perf_counter() - budget.seconds
+            timing = _Timing(config, lm, folder / BUDGET, mesh, fixed, started, 60 * minutes, display)
             kept = answers_of(config, lm, mixture, folder, answers, timing.say)
             budget = timing.budget(kept, comparing)
         held_out_texts(config, lm, mixture, folder / ASIDE, tell)
-        budget = dataclasses.replace(budget, seconds=time.perf_counter() - begin)
+        budget = dataclasses.replace(budget, seconds=time.perf_counter() - started)
         write_json(folder / BUDGET, dataclasses.asdict(budget))
     learning = minutes - (budget.seconds + budget.compiling + comparing) / 60
     if learning <= 0:
@@ -199,13 +199,13 @@ class _Timing(NamedTuple):
     file: Path  # of the budget
     mesh: Mesh | None
     fixed: bool  # whether the size of a batch was given
-    begin: float  # of the clock, minus the seconds that earlier processes spent
+    started: float  # of the clock, minus the seconds that earlier processes spent
     seconds: float  # of the whole run
     display: Display
 
     def say(self, what: str = "writing texts to learn from") -> None:
         """Show the current phase, and how much of the time is left."""
-        spent = time.perf_counter() - self.begin
+        spent = time.perf_counter() - self.started
         self.display(Standing(what, min(1.0, spent / self.seconds), max(0.0, self.seconds - spent), True))
 
     def budget(self, kept: Answers, comparing: float) -> Budget:
@@ -220,7 +220,7 @@ class _Timing(NamedTuple):
                 self.say("measuring a step of training")
                 seconds_a_token = self.seconds_a_token(texts)
             compiling = 0.0 if config.exits.depths[0] else COMPILING * (compile_seconds() - compiled_before)
-            spent = time.perf_counter() - self.begin
+            spent = time.perf_counter() - self.started
             left = self.seconds - spent - compiling - comparing
             write_json(self.file, dataclasses.asdict(Budget(spent)))
             self.say(f"texts to learn from, {tokens} tokens")

@@ -45,7 +45,7 @@ class Dynamic(Policy):
     decay: float
     shadows: ClassVar[bool] = True
 
-    def begin(self, batch: int) -> Seen:
+    def initial(self, batch: int) -> Seen:
         """Return counts of one row in which no exit was right, so that the first round drafts nothing."""
         none = jnp.zeros((batch, len(self.depths) - 1), jnp.float32)
         apart, nowhere = jnp.zeros((*none.shape, QUARTERS), jnp.float32), jnp.zeros(batch, jnp.int32)

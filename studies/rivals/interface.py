@@ -87,7 +87,7 @@ class Policy:
         """The number of rows of a chain, R."""
         return self.draft_length + 1
 
-    def begin(self, batch: int) -> Any:
+    def initial(self, batch: int) -> Any:
         """Return what is known before the first round: a pytree of arrays with a leading axis B."""
         return ()
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from dex_jax.decoding.dex.interface import Chunk
 from dex_jax.decoding.ladder import climb, fill
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
-from dex_jax.decoding.record import Limits, Record, begin, emit_path
+from dex_jax.decoding.record import Limits, Record, emit_path, new_record
 from dex_jax.sampling import Sampling, best_column, choose, log_total, scores
 from studies.rivals.interface import ChainExits, ChainNetwork, ChainRows, Policy, Verified
 
@@ -70,7 +70,7 @@ def init(
     noise = None
     if sampling is not None:
         noise = Noise(jnp.zeros((batch, rows, network.vocab_size), jnp.float32), position)
-    record = begin(first_token, capacity, limits)
+    record = new_record(first_token, capacity, limits)
     return ChainState(
         tick=jnp.int32(0),
         stage=jnp.zeros(batch, jnp.int32),
@@ -81,7 +81,7 @@ def init(
         states=jnp.zeros((len(network.depths), batch, rows, hidden.shape[-1]), hidden.dtype),
         prefix=position,
         spent=jnp.zeros((batch, 2), jnp.int32),
-        known=policy.begin(batch),
+        known=policy.initial(batch),
         memory=memory,
         noise=noise,
         record=record._replace(counts=jnp.zeros((*record.tokens.shape, 2), jnp.int32)),

@@ -33,11 +33,11 @@ class ChainLoop(Loop):
 
     policy: Policy
 
-    def init(self, model: Transformer, heads: Heads, plan: Plan, begun: Prefilled, capacity: int) -> ChainState:
+    def init(self, model: Transformer, heads: Heads, plan: Plan, prefilled: Prefilled, capacity: int) -> ChainState:
         """Return the state before the first step; see Loop."""
-        options: dict[str, Any] = {"limits": begun.limits, "sampling": begun.sampling, "capacity": capacity}
+        options: dict[str, Any] = {"limits": prefilled.limits, "sampling": prefilled.sampling, "capacity": capacity}
         network = _network(model, heads, plan)
-        return loop.init(network, begun.memory, begun.token, begun.lengths, policy=self.policy, **options)
+        return loop.init(network, prefilled.memory, prefilled.token, prefilled.lengths, policy=self.policy, **options)
 
     def tick(self, model: Transformer, heads: Heads, plan: Plan, limits: Limits, sampling: Sampling | None) -> Tick:
         """Return the function that runs one step; see Loop."""
@@ -127,7 +127,7 @@ class Sure(Policy):
 
     threshold: float
 
-    def begin(self, batch: int) -> jax.Array:
+    def initial(self, batch: int) -> jax.Array:
         """Return the threshold of every sequence, [B] float32, as an array, so that one compiled loop serves all."""
         return jnp.full(batch, self.threshold, jnp.float32)
 

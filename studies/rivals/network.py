@@ -48,7 +48,7 @@ def chain_network(
             return memory
         taken = jax.lax.cond(
             jnp.any(done.lengths > done.start),
-            lambda: TrainedHeads(config).read(model, arrays, memory.exits, done),
+            lambda: TrainedHeads(config).extend(model, arrays, memory.exits, done),
             lambda: memory.exits,
         )
         return memory._replace(exits=taken)

@@ -13,7 +13,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from dex_jax.nn.products import ASSUMED, Device
+from dex_jax.nn.products import ASSUMED, CompileTarget
 
 AMOUNTS = "core_count fpus_per_core threads_per_core_limit clock_rate_ghz l2_cache_size memory_bandwidth"
 AMOUNTS = f"{AMOUNTS} shared_memory_per_core shared_memory_per_block_optin".split()
@@ -36,7 +36,7 @@ def assumed(name):
         about = {"device_kind": f"NVIDIA {name.upper()}", "num_cores": gpu[1], "platform": "gpu"}
         device = AbstractDevice(**{key: value for key, value in about.items() if key in known})
         mesh = jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device))
-    before = ASSUMED.set(Device("tpu") if gpu is None else Device("gpu", gpu[0]))
+    before = ASSUMED.set(CompileTarget("tpu") if gpu is None else CompileTarget("gpu", gpu[0]))
     jax.clear_caches()  # what was traced for one device is wrong for another
     try:
         with mesh:

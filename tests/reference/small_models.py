@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 import dex_jax
 from dex_jax.config import ExitsConfig, LayerKind, ModelConfig
 from dex_jax.decoding.check import compare
-from dex_jax.decoding.program import Program
+from dex_jax.decoding.program import CompiledFunction
 from dex_jax.decoding.session import Session
 from dex_jax.io.exits_file import TrainedExits
 from dex_jax.io.tokenizer import Tokenizer
@@ -129,15 +129,15 @@ def outline_of(config: ModelConfig, dtype="float32", packing=(), mesh=None, layo
     return Outline(about, jnp.dtype(dtype), packing, mesh, layout)
 
 
-def programs_of(session: Session) -> dict[str, tuple[Program, tuple, dict]]:
+def programs_of(session: Session) -> dict[str, tuple[CompiledFunction, tuple, dict]]:
     """Return name -> (program, arguments, statics) of all programs that a session compiles."""
     found = {}
 
-    def asked(program: Program, *arguments: Any, **statics: Any) -> Any:
+    def recorded(program: CompiledFunction, *arguments: Any, **statics: Any) -> Any:
         found[program.name] = program, arguments, statics
         return jax.eval_shape(functools.partial(program.jitted, **statics), *arguments)
 
-    session.compile_by(asked)
+    session.compile_by(recorded)
     return found
 
 

@@ -197,8 +197,8 @@ def toy_network(tables: Tables) -> Network:
         number, h = features[:, 0].astype(jnp.int32), features[:, 1].astype(jnp.int32)
         return tables.exit_heads[number, h]
 
-    def drafted(memory: ToyMemory, states: jax.Array, asked: DraftRows) -> tuple[jax.Array, jax.Array]:
-        state = jnp.mod(before_rows(states, asked) + (asked.token + asked.position)[..., None], float(P))
+    def drafted(memory: ToyMemory, states: jax.Array, below: DraftRows) -> tuple[jax.Array, jax.Array]:
+        state = jnp.mod(before_rows(states, below) + (below.token + below.position)[..., None], float(P))
         return state, state
 
     columns = None
@@ -214,7 +214,7 @@ def toy_network(tables: Tables) -> Network:
         exits=None if stages == 1 else Exits(features, exit_logits, tables.draft, columns),
         drafter=Drafter(
             committed=lambda memory: memory.last[:, None],
-            reached=lambda memory, hidden, view: hidden,
+            node_features=lambda memory, hidden, view: hidden,
             blank=lambda batch, rows: jnp.zeros((batch, rows, 1)),
             features=drafted,
             logits=lambda features: tables.draft_head[features[:, 0].astype(jnp.int32)],

@@ -145,11 +145,11 @@ def _watch(tables, *case, decs: bool, **shape) -> Ticks:
         state = step(toy_network(tables), state, limits, sampling, decs=decs, drafts=shape["drafts"])
         return state, Ticks(state.lattice, state.prefix, state.record)
 
-    ticks = jax.lax.scan(tick, begin(tables, *case, **shape), length=1 + shape["stages"] * (CAPACITY - 1))[1]
+    ticks = jax.lax.scan(tick, initial_state(tables, *case, **shape), length=1 + shape["stages"] * (CAPACITY - 1))[1]
     return jax.tree.map(lambda field: field[1:], ticks)
 
 
-def begin(tables, prompts, lengths, first, limits, sampling, stages: int, rows: int, drafts=None) -> DexState:
+def initial_state(tables, prompts, lengths, first, limits, sampling, stages: int, rows: int, drafts=None) -> DexState:
     """Return the state after the prefill of the prompts."""
     room = CAPACITY + (0 if drafts is None else drafts.levels)
     memory = toy_prefill(tables, prompts, lengths, capacity=room, slots=stages * rows)
@@ -172,7 +172,9 @@ def begin(tables, prompts, lengths, first, limits, sampling, stages: int, rows: 
 def finish(tables, *case, decs: bool, **shape) -> DexState:
     """Run the library's own while_loop and return the state; jit traces this function."""
     *_, limits, sampling = case
-    return run(toy_network(tables), begin(tables, *case, **shape), limits, sampling, decs=decs, drafts=shape["drafts"])
+    return run(
+        toy_network(tables), initial_state(tables, *case, **shape), limits, sampling, decs=decs, drafts=shape["drafts"]
+    )
 
 
 _finished = jax.jit(finish, static_argnames=("stages", "rows", "decs", "drafts"))

@@ -26,8 +26,8 @@ from dex_jax import TreeShape
 SCORE_STEP = 2.0**-10
 LOWEST_LOG_PROBABILITY = -64.0
 COMPARED, LONGEST = 16, 64
-HEADS = 8
-FADING, BELIEVED, HOPE = 1 / 128, 4, 0.5
+ANCHORS = 8
+FADING, PRIOR, PRIOR_USEFULNESS = 1 / 128, 4, 0.5
 LEVEL = 0.1
 
 
@@ -52,7 +52,7 @@ class Node:
     score: float = 0.0
     progress: int = 0
     drafter_state: object = None  # exit 0's own state of this node, once it has drafted below it
-    drafted: bool = False  # whether exit 0's drafter alone proposed it
+    by_drafter: bool = False  # whether exit 0's drafter alone proposed it
     children: list[Node] = dataclasses.field(default_factory=list)
 
     @property
@@ -88,32 +88,32 @@ class Run:
     rows: list[int] = dataclasses.field(default_factory=list)  # the row count that each cohort chose, if it has rungs
     levels: list[int] = dataclasses.field(default_factory=list)  # the levels that were drafted for each cohort
     # Fading sums: the tokens that drafts and seeds promised and brought, and those that the drafter should add and did.
-    promised: float = 0.0
-    kept: float = 0.0
-    asked: float = 0.0
-    drafted: float = 0.0
-    told: int = 1  # tokens emitted up to the last tick
+    expected: float = 0.0
+    accepted: float = 0.0
+    called: float = 0.0
+    used: float = 0.0
+    emitted_before: int = 1  # tokens emitted up to the last tick
 
     @property
-    def trust(self) -> float:
-        return (max(self.kept, 0) + BELIEVED) / (max(self.promised, 0) + BELIEVED)
+    def acceptance(self) -> float:
+        return (max(self.accepted, 0) + PRIOR) / (max(self.expected, 0) + PRIOR)
 
     @property
-    def hope(self) -> float:
-        return self.trust * (self.drafted + BELIEVED * HOPE) / (self.asked + BELIEVED)
+    def usefulness(self) -> float:
+        return (self.used + PRIOR * PRIOR_USEFULNESS) / (self.called + PRIOR)
 
-    def remember(self, cohort: Sequence[Node], drafted: Sequence[Node], asked: float) -> None:
+    def update_sums(self, cohort: Sequence[Node], used: Sequence[Node], called: float) -> None:
         """Update the fading sums, given a tick's cohort, the drafted nodes that are as good, and what was requested."""
         root = float(bool(cohort) and cohort[0].score == 0)
         new = {
-            "promised": sum(math.exp(n.score) for n in cohort) - root,
-            "kept": len(self.tokens) - self.told - root,
-            "asked": asked,
-            "drafted": sum(math.exp(n.score) for n in drafted),
+            "expected": sum(math.exp(n.score) for n in cohort) - root,
+            "accepted": len(self.tokens) - self.emitted_before - root,
+            "called": called,
+            "used": sum(math.exp(n.score) for n in used),
         }
         for name, value in new.items():
             setattr(self, name, (1 - FADING) * getattr(self, name) + value)
-        self.told = len(self.tokens)
+        self.emitted_before = len(self.tokens)
 
 
 def decode(
@@ -138,10 +138,10 @@ def decode(
     def ended() -> bool:
         return run.tokens[-1] in eos_ids or len(run.tokens) >= max_new_tokens
 
-    def spawn(heads: list[Node]) -> None:
-        """Append the next cohort: the best rows of the heads and of what exit 0 drafts below them."""
-        spawned = heads if rows is None else heads[:rows]
-        run.pruned += len(heads) - len(spawned)
+    def spawn(anchors: list[Node]) -> None:
+        """Append the next cohort: the best rows of the anchors and of what exit 0 drafts below them."""
+        spawned = anchors if rows is None else anchors[:rows]
+        run.pruned += len(anchors) - len(spawned)
         if shape is not None:
             spawned = with_drafts(model, run, spawned, stages, rows, shape, draws)
         for node in spawned:
@@ -182,17 +182,17 @@ def decode(
                 cohorts = [[node for node in cohort if node in survivors] for cohort in cohorts]
         if ended():
             run.lattices.append(set())
-            run.remember([], [], 0.0)
+            run.update_sums([], [], 0.0)
             break
 
         # Propose: exit by exit, and within an exit in the order in which its cohort was spawned.
-        heads = [root] if fresh else []
+        anchors = [root] if fresh else []
         for node in sorted((n for cohort in cohorts for n in cohort), key=lambda n: n.progress):
             child = proposal(model, node, decs, draws)
             if child is not None:
-                heads.append(child)
-        heads.sort(key=lambda child: -child.score)  # stable: equal scores keep that order
-        spawn(heads)
+                anchors.append(child)
+        anchors.sort(key=lambda child: -child.score)  # stable: equal scores keep that order
+        spawn(anchors)
         cohorts = [cohort for cohort in cohorts if cohort]
         run.lattices.append({_seen(node, len(committed)) for node in root.subtree()})
     return run
@@ -201,33 +201,32 @@ def decode(
 def with_drafts(
     model,
     run: Run,
-    heads: list[Node],
+    anchors: list[Node],
     stages: int,
     rows: int | None,
     shape: TreeShape,
     draws: Draws | None,
 ) -> list[Node]:
-    """Return heads and the drafts of exit 0 below them, best first, as many as are worth it; none hangs yet."""
-    asked = heads[:HEADS]
+    """Return anchors and the drafts of exit 0 below them, best first, as many as are worth it; none hangs yet."""
     follows: dict[Node, tuple[Node, list[int], list[float]]] = {}
-    for head in asked:
+    for anchor in anchors[:ANCHORS]:
         count = sum(shape.widths)
-        said, matched = continuation(head.tokens, count)
-        logs = [trust(shape, matched + i) for i in range(len(said))]
-        if said and logs[0] > -math.inf:
-            follows[head] = (head, said, logs)
-    everything, above, levels, wanted = list(heads), asked, 0, 0.0
+        following, matched = continuation(anchor.tokens, count)
+        logs = [match_log_probability(shape, matched + i) for i in range(len(following))]
+        if following and logs[0] > -math.inf:
+            follows[anchor] = (anchor, following, logs)
+    everything, above, levels, called = list(anchors), anchors[:ANCHORS], 0, 0.0
     costs = [1 + (rows - 1) / 6 for rows in shape.rungs]  # the library's usual costs
     for level, width in enumerate(shape.widths, 1):
         found: list[tuple[Node, int, float]] = []
         claimed: dict[Node, float] = {}
-        for head, (at, said, logs) in follows.items():
-            found.append((at, said[level - 1], at.score + logs[level - 1]))
-            claimed[head] = math.exp(found[-1][2])
+        for anchor, (at, following, logs) in follows.items():
+            found.append((at, following[level - 1], at.score + logs[level - 1]))
+            claimed[anchor] = math.exp(found[-1][2])
         below = sum(math.exp(node.score) for node in above) - sum(claimed.values())
         price = LEVEL + costs[:2][-1] - 1 if shape.rungs else 0
-        if level <= shape.drafted and (not shape.rungs or run.hope * below > price):
-            levels, wanted = levels + 1, wanted + below
+        if level <= shape.drafter_levels and (not shape.rungs or run.acceptance * run.usefulness * below > price):
+            levels, called = levels + 1, called + below
             for node in above:
                 found += drafted_below(model, node, width, stages, draws)
         merged: dict[tuple[Node, int], float] = {}
@@ -236,17 +235,17 @@ def with_drafts(
         best = sorted(merged.items(), key=lambda each: -each[1])[:width]
         above = [Node(token, node, (*node.tokens, token), born_at=0, score=score) for (node, token), score in best]
         everything += above
-        for head in list(follows):
-            at, said, logs = follows.pop(head)
-            on = next((node for node in above if node.parent is at and node.token == said[level - 1]), None)
+        for anchor in list(follows):
+            at, following, logs = follows.pop(anchor)
+            on = next((node for node in above if node.parent is at and node.token == following[level - 1]), None)
             if on is not None:
-                follows[head] = (on, said, logs)
+                follows[anchor] = (on, following, logs)
         for node in above:
-            node.drafted = all(node is not on for on, _, _ in follows.values())
+            node.by_drafter = all(node is not on for on, _, _ in follows.values())
     depth = len(shape.widths)
     if follows and sum(shape.widths) > depth:
-        node, said, logs = max(follows.values(), key=lambda each: each[0].score + each[2][depth])
-        for token, log in list(zip(said, logs, strict=True))[depth:]:
+        node, following, logs = max(follows.values(), key=lambda each: each[0].score + each[2][depth])
+        for token, log in list(zip(following, logs, strict=True))[depth:]:
             node = Node(token, node, (*node.tokens, token), born_at=0, score=node.score + log)
             everything.append(node)
     everything.sort(key=lambda node: -node.score)
@@ -255,14 +254,14 @@ def with_drafts(
         root = float(bool(spawned) and spawned[0].score == 0)
         worth = []
         for size, cost in zip(shape.rungs, costs, strict=True):
-            tokens = root + run.trust * (sum(math.exp(n.score) for n in spawned[:size]) - root)
+            tokens = root + run.acceptance * (sum(math.exp(n.score) for n in spawned[:size]) - root)
             worth.append(tokens / (1 + (cost - 1) / stages + LEVEL * levels))
         size = shape.rungs[worth.index(max(worth))]
         spawned = spawned[:size]
         run.rows.append(size)
         run.levels.append(levels)
         least = min((node.score for node in spawned), default=0)
-        run.remember(spawned, [node for node in everything if node.drafted and node.score >= least], wanted)
+        run.update_sums(spawned, [node for node in everything if node.by_drafter and node.score >= least], called)
     return spawned
 
 
@@ -303,7 +302,7 @@ def continuation(text: Sequence[int], count: int) -> tuple[list[int], int]:
     return grown[len(text) :], longest
 
 
-def trust(shape: TreeShape, matched: int) -> float:
+def match_log_probability(shape: TreeShape, matched: int) -> float:
     """Return the quantized log probability of a continuation's next token after `matched` tokens that were the same."""
     known = len(shape.lookup)
     wrong = 1 - shape.lookup[min(matched, known) - 1]

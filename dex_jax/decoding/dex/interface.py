@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from dex_jax.decoding.dex.pace import Pace
+from dex_jax.decoding.dex.row_choice import RowChoice
 from dex_jax.decoding.noise import Noise
 from dex_jax.decoding.record import Record
 from dex_jax.lattice import NO_NODE, Lattice
@@ -94,8 +94,8 @@ class DraftRows(NamedTuple):
 
     Attributes:
       token, position: [B, n] int32; the token is NO_NODE in unused rows; their results are not read.
-      parent: [B, n] int32, the row of the cohort that each hangs below, NO_NODE for a head.
-      before: [B, n, E], what is known of the position before a head; anything in other rows.
+      parent: [B, n] int32, the row of the cohort that each hangs below, NO_NODE for an anchor.
+      before: [B, n, E], what is known of the position before an anchor; anything in other rows.
     """
 
     token: jax.Array
@@ -111,15 +111,15 @@ class Drafter(NamedTuple):
 
     Attributes:
       committed: memory -> [B, E], what it reads of the last committed position.
-      reached: (memory, hidden [K, B, W, D], StageView) -> [K, B, W, E], estimates of that at the nodes of every stage,
-        as deep as they have got; None where K = 1.
+      node_features: (memory, hidden [K, B, W, D], StageView) -> [K, B, W, E], estimates of that at the
+        nodes of every stage, as deep as they have got; None where K = 1.
       blank: (B, N) -> states of the N rows of a cohort before any is known: arrays [B, N, ...].
       features: (memory, states, DraftRows) -> (features [B, n, D'], the rows' own states [B, n, ...]).
       logits, vocabulary, rest: as in Exits.
     """
 
     committed: Callable[[Any], jax.Array]
-    reached: Callable[[Any, jax.Array, StageView], jax.Array] | None
+    node_features: Callable[[Any, jax.Array, StageView], jax.Array] | None
     blank: Callable[[int, int], Any]
     features: Callable[[Any, Any, DraftRows], tuple[jax.Array, Any]]
     logits: Callable[[jax.Array], jax.Array]
@@ -127,21 +127,21 @@ class Drafter(NamedTuple):
     rest: Callable[[jax.Array], jax.Array] | None = None
 
 
-def before_rows(states: jax.Array, asked: DraftRows) -> jax.Array:
-    """Return what is known of the position before rows: [B, n, E], `before` for heads, else their parents' `states`."""
-    of_parent = jnp.take_along_axis(states, jnp.maximum(asked.parent, 0)[:, :, None], axis=1)
-    return jnp.where((asked.parent == NO_NODE)[..., None], asked.before.astype(states.dtype), of_parent)
+def before_rows(states: jax.Array, below: DraftRows) -> jax.Array:
+    """Return what is known of the position before rows, [B, n, E]: `before` for anchors, else the parent's state."""
+    of_parent = jnp.take_along_axis(states, jnp.maximum(below.parent, 0)[:, :, None], axis=1)
+    return jnp.where((below.parent == NO_NODE)[..., None], below.before.astype(states.dtype), of_parent)
 
 
-def before_nodes(reached: jax.Array, committed: jax.Array, parent: jax.Array, ring: jax.Array) -> jax.Array:
+def before_nodes(by_node: jax.Array, committed: jax.Array, parent: jax.Array, ring: jax.Array) -> jax.Array:
     """Return what is known of the position before nodes of X stages: [X, B, n, E].
 
-    That is the entry of their parents, in slots `parent` [X, B, n], in `reached` [K, B, W, E], which has the nodes of
+    That is the entry of their parents, in slots `parent` [X, B, n], in `by_node` [K, B, W, E], which has the nodes of
     every stage, or, for a root, `committed` [B, E], of the last committed position; ring [K] int32 is as in StageView.
     """
-    rows, place = reached.shape[2], jnp.maximum(parent, 0)
+    rows, place = by_node.shape[2], jnp.maximum(parent, 0)
     sequence = jnp.arange(parent.shape[1])[None, :, None]
-    of_parent = reached[jnp.argsort(ring)[place // rows], sequence, place % rows]
+    of_parent = by_node[jnp.argsort(ring)[place // rows], sequence, place % rows]
     return jnp.where((parent == NO_NODE)[..., None], committed[None, :, None], of_parent)
 
 
@@ -162,17 +162,17 @@ class ExitZero(Protocol):
         """Depths 0..L at which it reads the states of committed positions, beside those at L."""
 
     @property
-    def alone(self) -> bool:
+    def reads_tokens_only(self) -> bool:
         """True if the drafter reads no hidden states: every device of a mesh then updates its memory by itself."""
 
     def empty(self, batch: int, length: int, dtype: jnp.dtype) -> Any:
         """Return its memory (Memory.exits) before any position is committed, for at most `length` positions."""
 
-    def read(self, model: Any, arrays: Any, memory: Any, chunk: Chunk) -> Any:
+    def extend(self, model: Any, arrays: Any, memory: Any, chunk: Chunk) -> Any:
         """Return its memory after a chunk, given that of the positions before."""
 
     def drafter(self, model: Any, arrays: Any) -> Drafter:
-        """Return the loop's callables, without `reached`."""
+        """Return the loop's callables, without `node_features`."""
 
 
 class Network(NamedTuple):
@@ -210,7 +210,7 @@ class DexState(NamedTuple):
       noise: None when greedy.
       record: what has been emitted.
       text: [B, S] int32, all tokens at their positions; None without drafts.
-      pace: what rows cost and promise; None where every tick runs all of them.
+      choice: what rows cost and bring; None where every tick runs all of them.
     """
 
     tick: jax.Array
@@ -221,7 +221,7 @@ class DexState(NamedTuple):
     noise: Noise | None
     record: Record
     text: jax.Array | None = None
-    pace: Pace | None = None
+    choice: RowChoice | None = None
 
     @property
     def stages(self) -> int:

@@ -17,17 +17,20 @@ LONGEST = 64
 """The largest length of a match; longer ones count as this."""
 
 
-def said_next(text: jax.Array, length: jax.Array, trust: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def continuation_scores(
+    text: jax.Array, length: jax.Array, log_probability: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
     """Return the M = `count` tokens that followed the suffix of a text before, with their log-probabilities.
 
-    `text` [S] int32 has `length` tokens; `trust` is TreeShape.trust. Each token makes the match of the next one longer.
+    `text` [S] int32 has `length` tokens; `log_probability` is `TreeShape.match_log_probability`. Each
+    token makes the match of the next one longer.
 
     Returns:
       (tokens [M] int32, log-probability [M] float32 of each that it is right if those before it are).
     """
     tokens, matched = continuation(text, length, count)
     lengths = jnp.where(matched > 0, matched + jnp.arange(count), 0)
-    return tokens, jnp.where(tokens == NO_TOKEN, -jnp.inf, trust[jnp.minimum(lengths, LONGEST)])
+    return tokens, jnp.where(tokens == NO_TOKEN, -jnp.inf, log_probability[jnp.minimum(lengths, LONGEST)])
 
 
 def continuation(text: jax.Array, length: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

@@ -6,7 +6,7 @@ surviving nodes propose children, below which exit 0 drafts (arXiv 2606.29223). 
 through all layers and commits a path of it. `init` and `step` are pure and compose with a caller's own jit; `run` is
 one lax.while_loop over `step`.
 
-Letters: B sequences, W rows a cohort, K stages, P levels of a cohort, H heads of a cohort, N rows of a cohort that is
+Letters: B sequences, W rows a cohort, K stages, P levels of a cohort, A anchors of a cohort, N rows of a cohort that is
 not in the lattice yet, T capacity for new tokens, S text length.
 """
 
@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax import lattice as lat
-from dex_jax.decoding.dex import pace
-from dex_jax.decoding.dex.drafts import HEADS, with_drafts
+from dex_jax.decoding.dex import row_choice
+from dex_jax.decoding.dex.drafts import ANCHORS, with_drafts
 from dex_jax.decoding.dex.interface import Committed, DexState, Network, StageView, before_nodes
 from dex_jax.decoding.dex.proposals import ask_exits
 from dex_jax.decoding.dex.trees import TreeShape
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
-from dex_jax.decoding.record import Limits, begin, check_limits, emit_path, until_done
+from dex_jax.decoding.record import Limits, check_limits, emit_path, new_record, until_done
 from dex_jax.errors import DexError, whole_number
 from dex_jax.lattice import NO_NODE, NO_TOKEN, Cohort, Path, Proposals
 from dex_jax.sampling import Sampling, choose
@@ -88,9 +88,9 @@ def init(
         prefix=position,
         memory=memory,
         noise=noise,
-        record=begin(first_token, capacity, limits),
+        record=new_record(first_token, capacity, limits),
         text=text,
-        pace=None if drafts is None or not drafts.rungs else pace.begin(batch, drafts.rungs),
+        choice=None if drafts is None or not drafts.rungs else row_choice.new_choice(batch, drafts.rungs),
     )
 
 
@@ -126,8 +126,8 @@ def step(
     final = final_tokens(network, state, view, roots_finished(state), sampling, drafts)
     state, path = commit(network, state, view, final, limits, drafts)
     state = collapse(state, path)
-    heads = heads_of(state, propose(network, state, view, sampling, decs=decs))
-    state, cohort = draft(network, state, view, heads, sampling, drafts)
+    anchors = anchors_of(state, propose(network, state, view, sampling, decs=decs))
+    state, cohort = draft(network, state, view, anchors, sampling, drafts)
     return spawn(state, cohort)
 
 
@@ -274,8 +274,8 @@ def proposers(state: DexState) -> jax.Array:
     return jnp.swapaxes(state.lattice.live[:, lat.stage_rows(state.tick, state.stages)[:-1]], 0, 1)
 
 
-def heads_of(state: DexState, proposals: Proposals | None) -> Cohort:
-    """Return the best proposals as seeds, or a fresh root where no node holds the last token: fields [B, H, ...]."""
+def anchors_of(state: DexState, proposals: Proposals | None) -> Cohort:
+    """Return the best proposals as seeds, or a fresh root where no node holds the last token: fields [B, A, ...]."""
     fresh = (state.lattice.root == NO_NODE) & ~state.record.done
     last = jnp.take_along_axis(state.record.tokens, state.record.lengths[:, None] - 1, axis=1)[:, 0]
     roots = jax.vmap(lat.fresh_root, (0, 0, None))(last, state.prefix, state.stages)
@@ -291,22 +291,22 @@ def draft(
     network: Network,
     state: DexState,
     view: StageView,
-    heads: Cohort,
+    anchors: Cohort,
     sampling: Sampling | None,
     drafts: TreeShape | None,
 ) -> tuple[DexState, Cohort]:
-    """Return (state, the heads with what exit 0 drafts below them, the best rows first: fields [B, N, ...])."""
+    """Return (state, the anchors with what exit 0 drafts below them, the best rows first: fields [B, N, ...])."""
     if drafts is None:
-        return state, jax.vmap(lat.widen, (0, None))(heads, state.rows)
+        return state, jax.vmap(lat.widen, (0, None))(anchors, state.rows)
     drafter, before = network.drafter, None
     if drafter is not None:
-        before, parent = drafter.committed(state.memory)[:, None], heads.parent[:, :HEADS]
-        if drafter.reached is None:
+        before, parent = drafter.committed(state.memory)[:, None], anchors.parent[:, :ANCHORS]
+        if drafter.node_features is None:
             before = jnp.broadcast_to(before, (*parent.shape, before.shape[-1]))
         else:
-            reached = drafter.reached(state.memory, state.hidden, view)
-            before = before_nodes(reached, before[:, 0], parent[None], view.ring)[0]
-    return with_drafts(drafter, state, heads, before, sampling, drafts)
+            by_node = drafter.node_features(state.memory, state.hidden, view)
+            before = before_nodes(by_node, before[:, 0], parent[None], view.ring)[0]
+    return with_drafts(drafter, state, anchors, before, sampling, drafts)
 
 
 def spawn(state: DexState, cohort: Cohort) -> DexState:

@@ -1,4 +1,4 @@
-"""The transformer as the decode loop's callables, on one device (mesh/stage.py: on a mesh).
+"""The transformer as the decode loop's callables, on one device (mesh/device.py: on a mesh).
 
 Letters: B sequences, W rows a stage, K stages, D width, G key-value heads, d head width.
 """
@@ -12,37 +12,38 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax.decoding.dex.interface import Committed, Drafter, Exits, Network, StageView
-from dex_jax.decoding.dex.trained_exits import Heads, reached_features, trained_exits
+from dex_jax.decoding.dex.trained_exits import Heads, node_features, trained_exits
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.decoding.plan import Plan
-from dex_jax.nn.cache import Memory, after, commit_slots, write_in_place, written_in_place
+from dex_jax.nn.cache import Memory, commit_slots, write_in_place, written_in_place
 from dex_jax.nn.forward import Beside, InUse, commit_rows, run_rows, run_tree
 from dex_jax.nn.in_turn import is_loop
+from dex_jax.nn.no_copies import ordered_after
 from dex_jax.nn.transformer import Transformer, stage_ranges
 
 
 def network_of(model: Transformer, heads: Heads, plan: Plan) -> Network:
     """Build the loop's network for a model, its trained heads if there are any, and a plan."""
     depths, drafts = plan.depths, plan.drafts
-    remembers, arrays = plan.remembers, plan.remembering(heads)
+    cached, arrays = plan.cached_heads, plan.cached_arrays(heads)
 
-    def remember(memory: Any, done: Committed) -> Any:
-        if remembers is None or arrays is None:
+    def extend_exits(memory: Any, done: Committed) -> Any:
+        if cached is None or arrays is None:
             return memory
-        return remembers.read(model, arrays, memory, done.chunk)
+        return cached.extend(model, arrays, memory, done.chunk)
 
     drafter = None
     if plan.drafter is not None and heads.drafter is not None:
         drafter = plan.drafter.drafter(model, heads.drafter)
     if len(depths) == 1:
-        return tree_network(model, (1,) if drafts is None else drafts.counts, drafter, remember, plan.reads)
+        return tree_network(model, (1,) if drafts is None else drafts.counts, drafter, extend_exits, plan.reads)
 
-    def reached(memory: Any, hidden: jax.Array, view: StageView) -> jax.Array:
-        return reached_features(model, plan.exits, heads.exits, hidden)
+    def of_nodes(memory: Any, hidden: jax.Array, view: StageView) -> jax.Array:
+        return node_features(model, plan.exits, heads.exits, hidden)
 
-    drafter = None if drafter is None else drafter._replace(reached=reached)
+    drafter = None if drafter is None else drafter._replace(node_features=of_nodes)
     trained = None if plan.exits is None or heads.exits is None else trained_exits(model, plan.exits, heads.exits)
-    return transformer_network(model, depths, trained or shared_exits(model), remember, drafter=drafter)
+    return transformer_network(model, depths, trained or shared_exits(model), extend_exits, drafter=drafter)
 
 
 def transformer_network(
@@ -180,7 +181,7 @@ def _advance(
 
         x, fresh = climb(used[k], counts, run_stage)
         out.append(x)
-        start = after(view.ring[k] * rows, x)
+        start = ordered_after(view.ring[k] * rows, x)
         old = [each[stage.start : stage.stop] for each in lattice]
         for each, new in zip(lattice, _with_cohort(old, fresh, start), strict=True):
             each[stage.start : stage.stop] = new

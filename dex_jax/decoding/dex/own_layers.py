@@ -52,7 +52,7 @@ class EagleDrafter:
     """The ExitZero of an EAGLE-3 head (decoding/dex/interface.py)."""
 
     config: EagleConfig
-    alone: ClassVar[bool] = False
+    reads_tokens_only: ClassVar[bool] = False
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -62,12 +62,12 @@ class EagleDrafter:
         empty = _empty(self.config.layer, batch, length, dtype)
         return empty._replace(previous=jnp.zeros((batch, self.config.layer.width), dtype))
 
-    def read(self, model: Transformer, arrays: OwnArrays, memory: OwnMemory, chunk: Chunk) -> OwnMemory:
+    def extend(self, model: Transformer, arrays: OwnArrays, memory: OwnMemory, chunk: Chunk) -> OwnMemory:
         head = nnx.merge(eagle_graph(self.config), arrays.parameters)
         joined = head.joined(chunk.hidden[..., model.config.width :])
         before = jnp.concatenate([memory.previous[:, None], joined[:, :-1]], axis=1)
         x = jnp.concatenate([_embedded(model, head, chunk.tokens), before], axis=-1)
-        read = _extended(head, memory, x, chunk, begin=1)  # before the first token there are no features
+        read = _extended(head, memory, x, chunk, first_seen=1)  # before the first token there are no features
         at = jnp.maximum(read.end - chunk.start - 1, 0)[:, None, None]
         last, here = jnp.take_along_axis(joined, at, axis=1)[:, 0], (read.end > memory.end)[:, None]
         return read._replace(previous=jnp.where(here, last, memory.previous))
@@ -75,8 +75,8 @@ class EagleDrafter:
     def drafter(self, model: Transformer, arrays: OwnArrays) -> Drafter:
         head = nnx.merge(eagle_graph(self.config), arrays.parameters)
 
-        def rows(states: Drafted, asked: DraftRows) -> jax.Array:
-            return jnp.concatenate([_embedded(model, head, asked.token), before_rows(states.features, asked)], axis=-1)
+        def rows(states: Drafted, below: DraftRows) -> jax.Array:
+            return jnp.concatenate([_embedded(model, head, below.token), before_rows(states.features, below)], axis=-1)
 
         def given(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
             normed = head.normed(hidden)
@@ -93,12 +93,12 @@ class ModelDrafter:
     dtype: jnp.dtype  # its own
     vocab_size: int  # of the model that it drafts for
     reads: ClassVar[tuple[int, ...]] = ()
-    alone: ClassVar[bool] = True
+    reads_tokens_only: ClassVar[bool] = True
 
     def empty(self, batch: int, length: int, dtype: jnp.dtype) -> OwnMemory:
         return _empty(self.config, batch, length, self.dtype)
 
-    def read(self, model: Transformer, arrays: OwnArrays, memory: OwnMemory, chunk: Chunk) -> OwnMemory:
+    def extend(self, model: Transformer, arrays: OwnArrays, memory: OwnMemory, chunk: Chunk) -> OwnMemory:
         small = merge_model(self.config, arrays.parameters)
         return _extended(small, memory, _known(small, chunk.tokens), chunk)
 
@@ -113,8 +113,8 @@ class ModelDrafter:
         def logits(normed: jax.Array) -> jax.Array:
             return small.unembedding(normed)[:, :known]
 
-        def rows(states: Drafted, asked: DraftRows) -> jax.Array:
-            return _known(small, asked.token)
+        def rows(states: Drafted, below: DraftRows) -> jax.Array:
+            return _known(small, below.token)
 
         return _drafter(small, small.dtype, rows, given, logits, vocabulary, 0, 0)
 
@@ -138,10 +138,10 @@ def _empty(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> Ow
     return OwnMemory(jax.tree.map(jnp.zeros_like, caches), jnp.zeros(batch, jnp.int32))
 
 
-def _extended(model: Any, memory: OwnMemory, x: jax.Array, chunk: Chunk, begin: int = 0) -> OwnMemory:
+def _extended(model: Any, memory: OwnMemory, x: jax.Array, chunk: Chunk, first_seen: int = 0) -> OwnMemory:
     """Return the memory after a chunk, except `previous`; `x` [B, R, ...] is what the first layer reads."""
     start = jnp.broadcast_to(chunk.start, chunk.lengths.shape)
-    _, caches = extend_rows(model, memory.caches, x, start, chunk.lengths, begin)
+    _, caches = extend_rows(model, memory.caches, x, start, chunk.lengths, first_seen)
     ends = jnp.minimum(chunk.lengths, start + x.shape[1])
     return memory._replace(caches=caches, end=jnp.where(ends > start, ends, memory.end))
 
@@ -166,7 +166,7 @@ def _drafter(
     logits: Callable[[jax.Array], jax.Array],
     vocabulary: jax.Array | None,
     width: int,
-    begin: int,
+    first_seen: int,
 ) -> Drafter:
     """Build the loop's callables of a `model` with config, kinds and layers, as nn/forward.py takes it.
 
@@ -180,22 +180,22 @@ def _drafter(
         position, path = jnp.zeros((batch, count), jnp.int32), jnp.zeros((batch, count, count), bool)
         return Drafted(jnp.zeros((batch, count, width), dtype), keys, keys, position, path)
 
-    def features(memory: Any, states: Drafted, asked: DraftRows) -> tuple[jax.Array, Drafted]:
+    def features(memory: Any, states: Drafted, below: DraftRows) -> tuple[jax.Array, Drafted]:
         own: OwnMemory = memory.exits
-        parent = jnp.maximum(asked.parent, 0)
+        parent = jnp.maximum(below.parent, 0)
         above = jnp.take_along_axis(states.path, parent[:, :, None], axis=1)
         path = above | (parent[:, :, None] == jnp.arange(states.path.shape[2])[None, None])
-        path &= (asked.parent != NO_NODE)[:, :, None]
+        path &= (below.parent != NO_NODE)[:, :, None]
         keys, values = (jnp.moveaxis(x, (2, 3), (0, 2)) for x in (states.keys, states.values))
-        batch, count = asked.token.shape
+        batch, count = below.token.shape
         # Rows of one level are no ancestors of each other.
         among = jnp.broadcast_to(jnp.eye(count, dtype=bool)[None], (batch, count, count))
         beside = Beside(tuple(keys), tuple(values), path, states.position)
-        about = (asked.position, among, own.end, range(c.num_layers))
-        hidden, fresh = run_rows(model, own.caches, rows(states, asked), *about, beside=beside, begin=begin)
+        about = (below.position, among, own.end, range(c.num_layers))
+        hidden, fresh = run_rows(model, own.caches, rows(states, below), *about, beside=beside, first_seen=first_seen)
         found, passed = given(hidden)
         keys, values = (jnp.moveaxis(jnp.stack(x), (0, 2), (2, 3)) for x in fresh)
-        return found, Drafted(passed, keys, values, asked.position, path)
+        return found, Drafted(passed, keys, values, below.position, path)
 
     def committed(memory: Any) -> jax.Array:
         own: OwnMemory = memory.exits

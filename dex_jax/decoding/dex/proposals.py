@@ -14,7 +14,7 @@ from dex_jax.decoding.noise import Noise, noise_at
 from dex_jax.lattice import NO_NODE, NO_TOKEN, Lattice, Proposals
 from dex_jax.sampling import DROPPED, Sampling, choose, log_total
 
-BLOCKS = (1, 8, 16)
+NODE_BLOCKS = (1, 8, 16)
 """Numbers of nodes that heads run for at a time: the largest, or the smallest that holds those that are left. On a CPU
 sizes between two of them cost as much as the larger one."""
 
@@ -42,7 +42,7 @@ def ask_exits(
     parents = jnp.where(lattice.live, lattice.parent, NO_NODE).reshape(batch, -1)
     tokens = lattice.token.reshape(batch, -1)
     features, position = features.reshape(count, -1), position.reshape(-1)
-    needed, block = jnp.sum(live), min(BLOCKS[-1], count)
+    needed, block = jnp.sum(live), min(NODE_BLOCKS[-1], count)
     chosen = jnp.nonzero(live.reshape(-1), size=-(-count // block) * block, fill_value=count)[0]
 
     def ask(node: jax.Array) -> Proposals:
@@ -57,7 +57,7 @@ def ask_exits(
         def ask_first(size: int) -> Proposals:
             return jax.tree.map(lambda x: fill(x, 0, block), ask(jnp.minimum(node[:size], count - 1)))
 
-        found = climb(needed - i * block, (0, *(size for size in BLOCKS if size < block), block), ask_first)
+        found = climb(needed - i * block, (0, *(size for size in NODE_BLOCKS if size < block), block), ask_first)
         return i + 1, jax.tree.map(lambda whole, part: whole.at[node].set(part, mode="drop"), proposals, found)
 
     none = Proposals(jnp.full(count, NO_TOKEN, jnp.int32), jnp.zeros(count, jnp.float32), jnp.zeros(count, bool))

@@ -21,9 +21,9 @@ from dex_jax.decoding.dex.interface import Chunk, Drafter, DraftRows, Exits, Sta
 from dex_jax.lattice import NO_NODE
 from dex_jax.nn import few_rows
 from dex_jax.nn.attention import KeyValues, capped
-from dex_jax.nn.cache import after
 from dex_jax.nn.exits import Context, ContextMemory, ExitHeads, exit_graph, heads_of
 from dex_jax.nn.layers import linear
+from dex_jax.nn.no_copies import ordered_after
 from dex_jax.nn.packed import Packed
 from dex_jax.nn.transformer import Transformer
 
@@ -93,7 +93,7 @@ class TrainedHeads:
 
     config: ExitsConfig
     reads: ClassVar[tuple[int, ...]] = ()
-    alone: ClassVar[bool] = False
+    reads_tokens_only: ClassVar[bool] = False
 
     def empty(self, batch: int, length: int, dtype: jnp.dtype) -> ExitMemory | tuple[()]:
         """Return the memory before any position is committed; () for heads that need none."""
@@ -107,9 +107,9 @@ class TrainedHeads:
             context = ContextMemory(jnp.zeros(leaf, dtype), jnp.zeros(leaf, dtype), position)
         return ExitMemory(jnp.zeros((batch, config.width), dtype), context)
 
-    def read(self, model: Transformer, arrays: ExitArrays, memory: ExitMemory, chunk: Chunk) -> ExitMemory:
+    def extend(self, model: Transformer, arrays: ExitArrays, memory: ExitMemory, chunk: Chunk) -> ExitMemory:
         """Return the memory after a chunk; its `previous` belongs to the last token so far of each sequence."""
-        return read_features(model, self.config, arrays, memory, chunk._replace(hidden=model.normed(chunk.hidden)))
+        return extend_features(model, self.config, arrays, memory, chunk._replace(hidden=model.normed(chunk.hidden)))
 
     def drafter(self, model: Transformer, arrays: ExitArrays) -> Drafter:
         """Return a drafter; it reads final features of the position before, an exit's estimate of them, or its own."""
@@ -119,12 +119,12 @@ class TrainedHeads:
         def blank(batch: int, rows: int) -> jax.Array:
             return jnp.zeros((batch, rows, width), model.dtype)
 
-        def features(memory: Any, states: jax.Array, asked: DraftRows) -> tuple[jax.Array, jax.Array]:
-            batch, rows = asked.token.shape
+        def features(memory: Any, states: jax.Array, below: DraftRows) -> tuple[jax.Array, jax.Array]:
+            batch, rows = below.token.shape
             flat = (1, batch * rows, width)
-            both = model.embed_tokens(jnp.maximum(asked.token, 0)), before_rows(states, asked)
+            both = model.embed_tokens(jnp.maximum(below.token, 0)), before_rows(states, below)
             # Products in C++ skip rows of zeros, and most levels have fewer rows than there is room for.
-            there = (asked.token != NO_NODE)[..., None]
+            there = (below.token != NO_NODE)[..., None]
             embedded, before = (jnp.where(there, each, 0).reshape(flat) for each in both)
             found = exit_heads(self.config, arrays).features(embedded, before, None)
             found = found.reshape(batch, rows, -1)
@@ -133,10 +133,10 @@ class TrainedHeads:
         return Drafter(lambda memory: memory.exits.previous, None, blank, features, logits, arrays.vocabulary, rest)
 
 
-def read_features(
+def extend_features(
     model: Transformer, config: ExitsConfig, arrays: ExitArrays, memory: ExitMemory, chunk: Chunk
 ) -> ExitMemory:
-    """Run `TrainedHeads.read` on a chunk with `hidden` [B, R, D] after the final norm."""
+    """Run `TrainedHeads.extend` on a chunk with `hidden` [B, R, D] after the final norm."""
     tokens, features, start, lengths = chunk
     size = tokens.shape[1]
     start = jnp.broadcast_to(start, tokens.shape[:1])
@@ -152,11 +152,11 @@ def read_features(
         positions = start[:, None] + jnp.arange(size)[None, :]
         keys, values = layer.keys_values(entered, positions)
         kept = (positions < ends[:, None]) & (positions >= ends[:, None] - config.window)
-        context = _remember(context, keys, values, positions, kept, features)
+        context = _write_context(context, keys, values, positions, kept, features)
     return ExitMemory(jnp.where(here[:, None], last, memory.previous), context)
 
 
-def _remember(
+def _write_context(
     context: ContextMemory, keys: jax.Array, values: jax.Array, position: jax.Array, kept: jax.Array, done: jax.Array
 ) -> ContextMemory:
     """Write the `kept` [B, n] rows at `position` [B, n] into the context's ring, no two of them to one entry.
@@ -164,7 +164,7 @@ def _remember(
     keys and values are [B, G, n, d]; `done` is any array that is known only after `context` has been read.
     """
     window = context.position.shape[1]
-    at = after(jnp.where(kept, position % window, window), done)
+    at = ordered_after(jnp.where(kept, position % window, window), done)
     sequence = jnp.arange(position.shape[0])[:, None]
 
     def write(entries: jax.Array, rows: jax.Array) -> jax.Array:
@@ -182,9 +182,9 @@ def trained_exits(model: Transformer, config: ExitsConfig, arrays: ExitArrays) -
         states, token, position = hidden[:-1], view.token[:-1], view.position[:-1]
         if not config.needs_previous:
             return row_features(model, heads, states, token, position)
-        reached = reached_features(model, config, arrays, hidden)
-        previous = before_nodes(reached, memory.exits.previous, view.parent[:-1], view.ring)
-        return row_features(model, heads, states, token, position, previous, reached[:-1], memory.exits.context)
+        by_node = node_features(model, config, arrays, hidden)
+        previous = before_nodes(by_node, memory.exits.previous, view.parent[:-1], view.ring)
+        return row_features(model, heads, states, token, position, previous, by_node[:-1], memory.exits.context)
 
     logits, rest = shared_columns(model, arrays)
     return Exits(features, logits, arrays.vocabulary, arrays.columns, rest)
@@ -204,7 +204,7 @@ def shared_columns(
     return logits, None if arrays.vocabulary is None else lambda features: features[:, -1].astype(jnp.float32)
 
 
-def reached_features(
+def node_features(
     model: Transformer, config: ExitsConfig | None, arrays: ExitArrays | None, hidden: jax.Array
 ) -> jax.Array:
     """Return final features for the nodes of the last stage, and the exits' estimates of them for all others.

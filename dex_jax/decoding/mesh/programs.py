@@ -1,4 +1,4 @@
-"""The programs of a session on a mesh: each is one jax.shard_map over what a device does (decoding/mesh/stage.py).
+"""The programs of a session on a mesh: each is one jax.shard_map over what a device does (decoding/mesh/device.py).
 
 Layers, caches and hidden states are split by stage; heads, mlp and vocabulary by tensor; sequences, with their lattice,
 by data. Every device of the stage axis has the embedding and the unembedding, V D numbers that are split over a tensor
@@ -24,7 +24,7 @@ from dex_jax.decoding import ar
 from dex_jax.decoding.dex.interface import Chunk
 from dex_jax.decoding.dex.trained_exits import ExitArrays, Heads
 from dex_jax.decoding.loops import Prefilled, mesh_loop
-from dex_jax.decoding.mesh.stage import StageNetwork, extend_stages, from_last_stage, stage_network
+from dex_jax.decoding.mesh.device import DeviceNetwork, device_network, extend_stages, from_last_stage
 from dex_jax.decoding.plan import Plan
 from dex_jax.decoding.record import Limits, until_done
 from dex_jax.nn import cache
@@ -50,12 +50,12 @@ def prefill_chunk(*arguments: Any, plan: Plan) -> tuple[Any, jax.Array]:
         ends = lengths if plan.config.layer_kinds else None
         hidden, memory = extend_stages(device, memory, tokens, jnp.full(tokens.shape[0], start), ends)
         exits = memory.exits
-        remembers, arrays = plan.remembers, plan.remembering(heads)
-        if remembers is not None and arrays is not None:
-            exits = remembers.read(device.model, arrays, exits, Chunk(tokens, hidden, start, lengths))
+        cached, arrays = plan.cached_heads, plan.cached_arrays(heads)
+        if cached is not None and arrays is not None:
+            exits = cached.extend(device.model, arrays, exits, Chunk(tokens, hidden, start, lengths))
         # The other devices do not have the final states.
         last = from_last_stage(last_states(hidden, last, start, lengths), device.layout.devices)
-        if remembers is not None and not remembers.alone:
+        if cached is not None and not cached.reads_tokens_only:
             exits = from_last_stage(exits, device.layout.devices)
         return _stacked(memory._replace(exits=exits)), last
 
@@ -73,8 +73,8 @@ def start_decoding(*arguments: Any, plan: Plan, capacity: int) -> Any:
     ) -> Any:
         device = _device(plan, weights, heads)
         token = ar.next_token(device.model, last, lengths, sampling)
-        begun = Prefilled(_own(memory), token, lengths, limits, sampling, *text)
-        state = loop.init_stage(device, plan, begun, capacity)
+        prefilled = Prefilled(_own(memory), token, lengths, limits, sampling, *text)
+        state = loop.init_device(device, plan, prefilled, capacity)
         return state._replace(memory=_stacked(state.memory))
 
     weights, heads, _, _, _, _, sampling, *text = arguments
@@ -91,7 +91,7 @@ def run_ticks(*arguments: Any, plan: Plan) -> Any:
     def run(weights: Any, heads: Any, state: Any, limits: Any, sampling: Any, until_tick: Any) -> Any:
         device = _device(plan, with_wide_scales(weights), heads)
 
-        tick = loop.tick_stage(device, plan, limits, sampling)
+        tick = loop.tick_device(device, plan, limits, sampling)
         state = _together(plan, tick, state._replace(memory=_own(state.memory)), until_tick)
         return state._replace(memory=_stacked(state.memory))
 
@@ -149,7 +149,7 @@ def pad_heads(parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def _device(plan: Plan, weights: Any, heads: Heads) -> StageNetwork:
+def _device(plan: Plan, weights: Any, heads: Heads) -> DeviceNetwork:
     """Build the network of one device, under shard_map, from its part of the weights."""
     assert plan.layout is not None
     assert plan.mesh is not None
@@ -163,7 +163,7 @@ def _device(plan: Plan, weights: Any, heads: Heads) -> StageNetwork:
     tensor_axis = TENSOR if plan.mesh.shape[TENSOR] > 1 else None
     vocabulary_axis = partition(("vocabulary", "width"), whole, plan.mesh)[0]
     model = merge_model(config, jax.tree_util.tree_map_with_path(own, weights), tensor_axis, vocabulary_axis, kinds)
-    return stage_network(model, plan, heads)
+    return device_network(model, plan, heads)
 
 
 def _own(memory: cache.Memory) -> cache.Memory:

@@ -22,13 +22,13 @@ import jax.numpy as jnp
 from dex_jax.decoding.ar import ARState, emitted, next_token
 from dex_jax.decoding.dex.interface import Committed, DexState, Network, StageView, before_nodes
 from dex_jax.decoding.dex.loop import (
+    anchors_of,
     begin_tick,
     collapse,
     commit,
     committed,
     draft,
     final_tokens,
-    heads_of,
     proposers,
     roots_finished,
     spawn,
@@ -40,7 +40,7 @@ from dex_jax.decoding.dex.trained_exits import (
     TrainedHeads,
     base_features,
     exit_heads,
-    read_features,
+    extend_features,
     row_features,
     trained_exits,
 )
@@ -50,14 +50,15 @@ from dex_jax.decoding.plan import Plan
 from dex_jax.decoding.record import Limits
 from dex_jax.lattice import NO_TOKEN, Proposals
 from dex_jax.nn.attention import causal_rows
-from dex_jax.nn.cache import NOWHERE, Memory, after, write_rows
+from dex_jax.nn.cache import NOWHERE, Memory, write_rows
 from dex_jax.nn.forward import InUse, run_rows
+from dex_jax.nn.no_copies import ordered_after
 from dex_jax.nn.sharding import STAGE
 from dex_jax.nn.transformer import Staged, Transformer
 from dex_jax.sampling import Sampling
 
 
-class StageNetwork(NamedTuple):
+class DeviceNetwork(NamedTuple):
     """The model and the callables that one device of a mesh runs."""
 
     model: Transformer  # the layers of this device's stages, unrolled, and embedding, final norm and unembedding
@@ -68,12 +69,12 @@ class StageNetwork(NamedTuple):
     # hidden [S, B, W, D] of these stages -> features of all stages' cohorts [K, B, W, D], or () where nothing reads the
     # position before.
     share: Callable[[jax.Array], Any]
-    remember: Callable[[Any, Committed, Any], Any]  # (Memory.exits, Committed, shared) -> Memory.exits
+    extend_exits: Callable[[Any, Committed, Any], Any]  # (Memory.exits, Committed, shared) -> Memory.exits
     # (Memory.exits, hidden [S, B, W, D], view, shared) -> [S, B, W, D'], of the exits of these stages.
     features: Callable[[Any, jax.Array, StageView, Any], jax.Array]
 
 
-def stage_network(model: Transformer, plan: Plan, heads: Heads) -> StageNetwork:
+def device_network(model: Transformer, plan: Plan, heads: Heads) -> DeviceNetwork:
     """Build the callables of one device, under shard_map.
 
     `model` has this device's layers, unrolled; `plan` is that of the whole generation, and its layout gives the depths;
@@ -81,20 +82,20 @@ def stage_network(model: Transformer, plan: Plan, heads: Heads) -> StageNetwork:
     """
     assert plan.layout is not None
     layout, in_use, own = plan.layout, layers_in_use(plan.layout), None
-    remembers, remembering = plan.remembers, plan.remembering(heads)
+    cached, arrays = plan.cached_heads, plan.cached_arrays(heads)
     exits = shared_exits(model) if len(layout.depths) > 1 else None
     if plan.exits is not None and heads.exits is not None:
         exits, own = trained_exits(model, plan.exits, heads.exits), exit_heads(plan.exits, heads.exits)
     drafter = None
     if plan.drafter is not None and heads.drafter is not None:
-        # `step` sets its `reached`, as that comes from all stages.
+        # `step` sets its `node_features`, as that comes from all stages.
         drafter = plan.drafter.drafter(model, heads.drafter)
     drafts = plan.drafts
     counts = None if drafts is None or not drafts.rungs else drafts.counts  # those that ticks choose from
     network = transformer_network(model, layout.device_depths, exits, in_use=in_use, drafter=drafter, counts=counts)
 
     def share(hidden: jax.Array) -> Any:
-        if remembers is None or remembers.alone:
+        if cached is None or cached.reads_tokens_only:
             return ()
         features = model.normed(hidden)
         if own is not None:
@@ -102,15 +103,15 @@ def stage_network(model: Transformer, plan: Plan, heads: Heads) -> StageNetwork:
             features = jnp.where(last, features, base_features(own, hidden))
         return gathered(features, layout)
 
-    def remember(memory: Any, done: Committed, shared: Any) -> Any:
-        if remembers is None or remembering is None:
+    def extend_exits(memory: Any, done: Committed, shared: Any) -> Any:
+        if cached is None or arrays is None:
             return memory
-        if remembers.alone:
-            return remembers.read(model, remembering, memory, done.chunk)
+        if cached.reads_tokens_only:
+            return cached.extend(model, arrays, memory, done.chunk)
         row = (done.slot % shared.shape[2])[:, :, None]
         features = jnp.take_along_axis(shared[-1], row, axis=1)
-        assert isinstance(remembers, TrainedHeads)
-        return read_features(model, remembers.config, remembering, memory, done._replace(hidden=features).chunk)
+        assert isinstance(cached, TrainedHeads)
+        return extend_features(model, cached.config, arrays, memory, done._replace(hidden=features).chunk)
 
     def features(memory: Any, hidden: jax.Array, view: StageView, shared: Any) -> jax.Array:
         if own is None or plan.exits is None:
@@ -122,7 +123,7 @@ def stage_network(model: Transformer, plan: Plan, heads: Heads) -> StageNetwork:
         base = own_part(shared, layout)
         return row_features(model, own, hidden, here.token, here.position, before, base, memory.context)
 
-    return StageNetwork(model, layout, in_use, network, share, remember, features)
+    return DeviceNetwork(model, layout, in_use, network, share, extend_exits, features)
 
 
 def own_part(by_stage: jax.Array, layout: Staged) -> jax.Array:
@@ -154,7 +155,7 @@ def layers_in_use(layout: Staged) -> InUse:
 
 
 def step(
-    device: StageNetwork,
+    device: DeviceNetwork,
     state: DexState,
     limits: Limits,
     sampling: Sampling | None,
@@ -175,23 +176,23 @@ def step(
     final = final_tokens(network, state, view, finished & last, sampling, drafts)
     shared = device.share(state.hidden)
 
-    def remembering(memory: Memory, done: Committed) -> Memory:
-        return network.commit(memory, done)._replace(exits=device.remember(before, done, shared))
+    def commit_all(memory: Memory, done: Committed) -> Memory:
+        return network.commit(memory, done)._replace(exits=device.extend_exits(before, done, shared))
 
     root = committed(state, view, jnp.maximum(state.lattice.root, 0)[:, None], finished.astype(jnp.int32))
-    own = ask_own_exit(device, state, view, device.remember(before, root, shared), shared, sampling, decs)
+    own = ask_own_exit(device, state, view, device.extend_exits(before, root, shared), shared, sampling, decs)
     proposals, final = exchange(own, final, device.layout)
-    state, path = commit(network._replace(commit=remembering), state, view, final, limits, drafts)
+    state, path = commit(network._replace(commit=commit_all), state, view, final, limits, drafts)
     state = collapse(state, path)
-    heads = heads_of(state, proposals._replace(valid=proposals.valid & proposers(state)))
+    anchors = anchors_of(state, proposals._replace(valid=proposals.valid & proposers(state)))
     drafter = network.drafter
     if drafter is not None:
-        drafter = drafter._replace(reached=lambda memory, hidden, view: shared)
-    state, cohort = draft(network._replace(drafter=drafter), state, view, heads, sampling, drafts)
+        drafter = drafter._replace(node_features=lambda memory, hidden, view: shared)
+    state, cohort = draft(network._replace(drafter=drafter), state, view, anchors, sampling, drafts)
     return spawn(state, cohort)
 
 
-def advance(device: StageNetwork, state: DexState, view: StageView) -> DexState:
+def advance(device: DeviceNetwork, state: DexState, view: StageView) -> DexState:
     """Run the cohorts of this device's stages; the first of them arrives from the device before."""
     network = device.network
     entering = network.embed(view.token[0], view.position[0]).astype(state.hidden.dtype)[None]
@@ -204,10 +205,10 @@ def advance(device: StageNetwork, state: DexState, view: StageView) -> DexState:
 
 
 def ask_own_exit(
-    device: StageNetwork,
+    device: DeviceNetwork,
     state: DexState,
     view: StageView,
-    remembered: Any,
+    exit_memory: Any,
     shared: Any,
     sampling: Sampling | None,
     decs: bool,
@@ -217,7 +218,7 @@ def ask_own_exit(
     asking = own.live & ~is_last(device.layout)
 
     def features() -> jax.Array:
-        return device.features(remembered, state.hidden, view, shared)
+        return device.features(exit_memory, state.hidden, view, shared)
 
     wanted = jax.eval_shape(features)
     found = jax.lax.cond(jnp.any(asking), features, lambda: jnp.zeros(wanted.shape, wanted.dtype))
@@ -242,7 +243,7 @@ def exchange(own: Proposals, token: jax.Array, layout: Staged) -> tuple[Proposal
 
 
 def extend_stages(
-    device: StageNetwork, memory: Memory, tokens: jax.Array, start: jax.Array, lengths: jax.Array | None = None
+    device: DeviceNetwork, memory: Memory, tokens: jax.Array, start: jax.Array, lengths: jax.Array | None = None
 ) -> tuple[jax.Array, Memory]:
     """Run `forward.extend` on one device after the other, with a permute between two of them.
 
@@ -254,7 +255,7 @@ def extend_stages(
     x, fresh = through_stages(
         device, memory, device.model.embed_tokens(tokens), positions, causal_rows(batch, rows), start
     )
-    at = after(start if lengths is None else jnp.where(start < lengths, start, NOWHERE), x, fresh[0][-1])
+    at = ordered_after(start if lengths is None else jnp.where(start < lengths, start, NOWHERE), x, fresh[0][-1])
     kinds = device.model.kinds.rows
     keys, values = (
         tuple(write_rows(cache, rows, at, own) for cache, rows, own in zip(caches, each, kinds, strict=True))
@@ -264,7 +265,7 @@ def extend_stages(
 
 
 def through_stages(
-    device: StageNetwork,
+    device: DeviceNetwork,
     memory: Memory,
     x: jax.Array,
     position: jax.Array,
@@ -302,7 +303,7 @@ def through_stages(
     return x, fresh
 
 
-def pipeline(device: StageNetwork, counts: tuple[int, ...]) -> Network:
+def pipeline(device: DeviceNetwork, counts: tuple[int, ...]) -> Network:
     """Build the network of one explorer over all stages, for `loop.step`: a pipeline that runs trees, a rival of DEX.
 
     In a tick a cohort runs through one stage after the other, then all devices get its states at depth L. The programs
@@ -319,13 +320,13 @@ def pipeline(device: StageNetwork, counts: tuple[int, ...]) -> Network:
     def commit(memory: Memory, done: Committed) -> Memory:
         shared = device.model.normed(done.hidden)
         by_row = done._replace(slot=jnp.broadcast_to(jnp.arange(done.slot.shape[1])[None], done.slot.shape))
-        exits = device.remember(memory.exits, by_row, shared[None])
+        exits = device.extend_exits(memory.exits, by_row, shared[None])
         return device.network.commit(memory, done)._replace(exits=exits)
 
     return device.network._replace(advance=advance, commit=commit, exits=None)
 
 
-def ar_step(device: StageNetwork, state: ARState, limits: Limits, sampling: Sampling | None = None) -> ARState:
+def ar_step(device: DeviceNetwork, state: ARState, limits: Limits, sampling: Sampling | None = None) -> ARState:
     """Decode one token for every sequence that is not done, as `ar.step`, with one gather."""
     hidden, memory = extend_stages(device, state.memory, state.token[:, None], state.prefix)
     token = jax.lax.cond(
