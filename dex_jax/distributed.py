@@ -7,34 +7,39 @@ JAX_NUM_PROCESSES and JAX_PROCESS_ID say where they are.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import inspect
 import json
 import os
+import secrets
+import selectors
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
 from dex_jax.errors import DexError
+from dex_jax.interrupts import BAD_INPUT, end_process
 
 HEARTBEAT_SECONDS = 20
-"""Number of seconds without a sign of life after which a process counts as dead, and JAX ends the others too."""
+"""The time without a sign of life after which a process counts as dead, and JAX ends the others too."""
 
-ROLL_CALL_SECONDS = 5
-"""Number of seconds in which the processes that are left say so, after a failed exchange."""
+SILENCE_SECONDS = 5
+"""Half the time after which a connection to a machine that is gone counts as closed."""
 
-_NAMES, _LEFT = "dex_jax/names/", "dex_jax/left/"
-_names: list[str] = []
+GOODBYE = b"."
+"""The byte that a process sends to the others as it ends by itself."""
 
 
 def join() -> None:
-    """Join the other processes of this run.
+    """Join the other processes of this run. When one of them dies, the others name it on stderr and end at once.
 
     Raises:
       DexError: nothing says where they are, or they do not come.
@@ -55,12 +60,91 @@ def join() -> None:
             f"cannot join the other processes ({error}): set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
             "JAX_PROCESS_ID on every host"
         ) from error
-    client: Any = jax_distributed.global_state.client
-    client.key_value_set(f"{_NAMES}{jax.process_index()}", name())
-    _names[:] = [
-        client.blocking_key_value_get(f"{_NAMES}{number}", 1000 * HEARTBEAT_SECONDS)
-        for number in range(jax.process_count())
-    ]
+    if jax.process_count() > 1:
+        _watch()
+
+
+def _watch() -> None:
+    """Connect every process to process 0, so that the operating system tells at once when one is gone."""
+    names, password = _everywhere(name()), _everywhere(secrets.token_hex(16))
+    peers: dict[socket.socket, str] = {}
+    if is_first():
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        with socket.create_server(("", 0), family=family, backlog=len(names), dualstack_ipv6=both) as server:
+            _everywhere(json.dumps([server.getsockname()[1], *_addresses()]))
+            while len(peers) < len(names) - 1:
+                peer, _ = server.accept()
+                message = peer.recv(1000).decode()
+                if message in password[1:]:
+                    peers[peer] = names[password.index(message)]
+    else:
+        port, *hosts = json.loads(_everywhere("")[0])
+        peers[_connected(hosts, port)] = names[0]
+        _send(list(peers), password[jax.process_index()].encode())
+    for peer in peers:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (("IDLE", SILENCE_SECONDS), ("INTVL", SILENCE_SECONDS), ("CNT", 1)):
+            if hasattr(socket, f"TCP_KEEP{option}"):
+                peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_KEEP{option}"), value)
+    threading.Thread(target=_end_with_others, args=(peers,), daemon=True, name="other processes").start()
+    atexit.register(_send, list(peers), GOODBYE)
+
+
+def _end_with_others(peers: dict[socket.socket, str]) -> None:
+    """Wait until a peer is gone without GOODBYE, or process 0 says which is; tell the others, and end this process."""
+    waiting = selectors.DefaultSelector()
+    for peer in peers:
+        waiting.register(peer, selectors.EVENT_READ)
+    while waiting.get_map():
+        for key, _ in waiting.select():
+            silent: Any = key.fileobj
+            try:
+                message = silent.recv(1000)
+            except OSError:
+                message = b""
+            if message == GOODBYE:
+                waiting.unregister(silent)
+                continue
+            lost = message.decode() or peers[silent]
+            _send([other for other in peers if other is not silent], lost.encode())
+            end_process(f"error: {lost} no longer answers: start all processes again", BAD_INPUT)
+
+
+def _send(peers: list[socket.socket], message: bytes) -> None:
+    for peer in peers:
+        with contextlib.suppress(OSError):
+            peer.sendall(message)
+
+
+def _addresses() -> list[str]:
+    """Return the names and addresses by which other hosts may reach this one."""
+    found = [os.environ.get("JAX_COORDINATOR_ADDRESS", "").rpartition(":")[0], socket.gethostname()]
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_route:
+        any_route.connect(("192.0.2.1", 9))  # nothing is sent: it only chooses the address of this host
+        found.append(any_route.getsockname()[0])
+    return [each for each in found if each]
+
+
+def _connected(hosts: list[str], port: int) -> socket.socket:
+    for host in hosts:
+        with contextlib.suppress(OSError):
+            peer = socket.create_connection((host.strip("[]"), port), timeout=SILENCE_SECONDS)
+            peer.settimeout(None)
+            return peer
+    raise DexError(f"nobody answers at port {port} of {' or '.join(hosts)}: open the hosts' ports to one another")
+
+
+def _everywhere(text: str) -> list[str]:
+    """Return the texts of all processes, of at most 1,000 bytes each, in their order."""
+    data = np.frombuffer(text.encode()[:1000].ljust(1000), np.uint8)
+    return [row.tobytes().decode(errors="ignore").strip() for row in multihost_utils.process_allgather(data)]
+
+
+def await_end() -> None:
+    """Give the thread that watches the others time to end this process, after an exchange has failed."""
+    if jax.process_count() > 1:
+        time.sleep(2 * SILENCE_SECONDS)
 
 
 def keep_stdout() -> None:
@@ -69,24 +153,6 @@ def keep_stdout() -> None:
     own = os.dup(1)
     os.dup2(2, 1)
     sys.stdout = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, buffering=1)
-
-
-def lost_processes() -> list[str]:
-    """Return the names of the processes that no longer answer, after a failed exchange between devices.
-
-    There are none where there is only one process. The call takes ROLL_CALL_SECONDS.
-    """
-    client: Any = jax_distributed.global_state.client
-    if client is None or not _names:
-        return []
-    try:
-        client.key_value_set(f"{_LEFT}{jax.process_index()}", "")
-        time.sleep(ROLL_CALL_SECONDS)
-        left = {int(key.removeprefix(_LEFT)) for key, _ in client.key_value_dir_get(_LEFT)}
-    except jax.errors.JaxRuntimeError:
-        # Process 0 keeps the list.
-        return _names[:1]
-    return [each for number, each in enumerate(_names) if number not in left]
 
 
 def is_first() -> bool:

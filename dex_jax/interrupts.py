@@ -65,7 +65,7 @@ def heeded(sentence: str = "Stopped.") -> Iterator[None]:
                 heard.settimeout(GRACE)
                 with contextlib.suppress(OSError):
                     heard.recv(1)  # a second Ctrl-C does not wait
-            _end(sentence)
+            end_process(sentence)
 
     before = signal.signal(signal.SIGINT, lambda number, frame: None)
     wakeup = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
@@ -79,7 +79,7 @@ def heeded(sentence: str = "Stopped.") -> Iterator[None]:
         if _stopped.is_set():
             if not patient:
                 watching.join()  # It ends the process; work whose helpers it has ended fails before that.
-            _end("")
+            end_process("")
         told.close()
 
 
@@ -93,10 +93,10 @@ def gently() -> Iterator[Callable[[], bool]]:
         _gentle.clear()
 
 
-def _end(sentence: str) -> None:
+def end_process(sentence: str, code: int = INTERRUPTED) -> None:
     """End the process without Python's own exit, which would crash on threads that compile."""
     # Whoever holds a stream's lock may be waiting for a reader that is gone.
-    timer = threading.Timer(0.3, os._exit, (INTERRUPTED,))
+    timer = threading.Timer(0.3, os._exit, (code,))
     timer.daemon = True
     timer.start()
     for function in _at_end:
@@ -108,7 +108,7 @@ def _end(sentence: str) -> None:
                 os.write(number, b"\x1b[0m\x1b[?25h")  # no colour, a cursor
         if sentence:
             os.write(2, f"\n{sentence}\n".encode())
-    os._exit(INTERRUPTED)
+    os._exit(code)
 
 
 def exit_code(command: Callable[[], int | None], stopped: str = "Stopped.") -> int:

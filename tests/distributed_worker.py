@@ -1,6 +1,6 @@
 """One of two processes that decode together, each with one CPU device, for tests/test_distributed.py.
 
-python distributed_worker.py CHECKPOINT [--die]     (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID)
+python distributed_worker.py CHECKPOINT [NUMBER loading|decoding]    (the process of that NUMBER dies then)
 """
 
 from __future__ import annotations
@@ -23,11 +23,18 @@ def main() -> None:
     join()
     assert jax.process_count() == 2
     read: list[tuple[int, int]] = []
-    lm = dex_jax.load(sys.argv[1], "float32", mesh="stage=2", on_tensor=lambda *done: read.append(done))
+    end = sys.argv[3] if sys.argv[2:3] == [str(jax.process_index())] else None
+
+    def on_tensor(*done: int) -> None:
+        read.append(done)
+        if end == "loading":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    lm = dex_jax.load(sys.argv[1], "float32", mesh="stage=2", on_tensor=on_tensor)
     # The prompts of process 0 count, whatever the other process has.
     method, prompts = dex_jax.Dex(explorers=2, draft=False), PROMPTS if is_first() else [[1], [2]]
     updates = dex_jax.stream(lm, prompts, method=method, ticks_per_update=4, **OPTIONS)
-    if "--die" in sys.argv and not is_first():
+    if end == "decoding":
         next(updates)
         os.kill(os.getpid(), signal.SIGKILL)
     *_, output = updates

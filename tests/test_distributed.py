@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -76,15 +77,16 @@ def test_two_processes_decode_what_one_does(checkpoint: Path) -> None:
 
 
 @pytest.mark.slow
-def test_when_one_process_dies_the_other_ends_and_names_it(checkpoint: Path) -> None:
-    survivor, dying = start(checkpoint, str(WORKER), str(checkpoint), "--die")
-    dying.communicate(timeout=300)
+@pytest.mark.parametrize(("number", "when"), [(0, "loading"), (1, "loading"), (0, "decoding"), (1, "decoding")])
+def test_when_one_process_dies_the_other_ends_and_names_it(number: int, when: str, checkpoint: Path) -> None:
+    both = start(checkpoint, str(WORKER), str(checkpoint), str(number), when)
+    both[number].communicate(timeout=300)
     started = time.monotonic()
-    _, err = survivor.communicate(timeout=60)
-    assert time.monotonic() - started < 60
-    assert survivor.returncode != 0
-    assert "process 1 of 2" in err
-    assert "no longer answers" in err
+    _, err = both[1 - number].communicate(timeout=60)
+    assert time.monotonic() - started < 20
+    assert both[1 - number].returncode == 2
+    assert re.fullmatch(rf"error: process {number} of 2 on .* no longer answers: .*", err.splitlines()[-1])
+    assert "Traceback" not in err
 
 
 def test_a_run_that_nobody_describes(monkeypatch) -> None:

@@ -23,7 +23,7 @@ from dex_jax.decoding.request import Dex, Request, explained
 from dex_jax.decoding.session import Session
 from dex_jax.decoding.sizes import SMALL_CACHE
 from dex_jax.decoding.stopping import StopStrings
-from dex_jax.distributed import from_first, lost_processes
+from dex_jax.distributed import await_end, from_first
 from dex_jax.errors import DexError
 from dex_jax.host_memory import return_free_memory
 from dex_jax.io.prompts import Prompt
@@ -177,8 +177,8 @@ def _timed(times: dict[str, float], phase: str) -> Iterator[None]:
                 "the device ran out of memory: lower the number of prompts or samples, max_new_tokens, rows or "
                 "explorers, or use a smaller dtype (decode.py --dry-run shows what each needs)"
             ) from error
-        if isinstance(error, jax.errors.JaxRuntimeError) and (lost := lost_processes()):
-            raise DexError(f"{' and '.join(lost)} no longer answers: start all processes again") from error
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            await_end()
         raise
     finally:
         compiling = compile_seconds() - compiled
