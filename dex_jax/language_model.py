@@ -217,11 +217,11 @@ def packing_of(
     weights: str | None,
     platform: str | None = None,
 ) -> Packing:
-    """Return which kernels stay packed, for `weights` as in `load`; print a line if others become dense in `dtype`.
+    """Return which kernels stay packed: those that `weights`, as in `load`, asks for and the device computes rightly.
 
-    On one TPU, which `platform` says where that is not the one at hand, blocks lie in planes (nn/planes.py). On a mesh
-    they do not: jax 0.10 takes no arrays of 4 bits that are split over devices. Raise DexError for unknown `weights`,
-    or ones that the mesh cannot split.
+    Say on stderr which formats of a file become dense in `dtype`. `platform` is that of the device, by default of the
+    one at hand. On one TPU blocks lie in planes (nn/planes.py); on a mesh they do not, as jax 0.10 takes no arrays of
+    4 bits that are split over devices. Raise DexError for unknown `weights`, or ones that the mesh cannot split.
     """
     if weights not in (None, *WEIGHTS):
         raise DexError(f"unknown weights {weights!r}: choose one of {', '.join(WEIGHTS)}")

@@ -212,7 +212,7 @@ def rows_of(method: Dex, stages: int, drafts: TreeShape | None) -> int:
 
 
 def drafted_rows(stages: int, drafts: TreeShape) -> int:
-    """Return the default rows of a stage with drafts: one head's tree, and a row for each further head, up to 32.
+    """Return the default rows of a stage with drafts: one anchor's tree, and a row for each further anchor, up to 32.
 
     Examples:
       >>> [drafted_rows(stages, known_trees(None)[-1]) for stages in (1, 2, 5, 10)]

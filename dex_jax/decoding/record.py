@@ -61,6 +61,9 @@ def new_record(first_token: jax.Array, capacity: int, limits: Limits) -> Record:
     """Return a record that holds token 0: first_token [B] int32, capacity T."""
     batch = first_token.shape[0]
     check_limits(limits, batch)
+    most = limits.max_new_tokens
+    if not isinstance(most, jax.core.Tracer) and np.max(most) > capacity:
+        raise DexError(f"max_new_tokens {np.max(most)} needs a capacity of as many tokens, not of {capacity}")
     blank = jnp.full((batch, capacity), NO_TOKEN, jnp.int32)
     return Record(
         tokens=blank.at[:, 0].set(first_token),
@@ -72,7 +75,7 @@ def new_record(first_token: jax.Array, capacity: int, limits: Limits) -> Record:
 
 
 def emit(record: Record, token: jax.Array, born_at: jax.Array, where: jax.Array, limits: Limits) -> Record:
-    """Append token [B] to the sequences in `where` [B], none of them done, and count a tick for all unfinished ones."""
+    """Append token [B] where `where` [B] is true, which no finished sequence may be, and count a tick."""
     place = jnp.where(where, record.lengths, record.tokens.shape[1])
     sequences = jnp.arange(record.tokens.shape[0])
     lengths = record.lengths + where

@@ -53,8 +53,8 @@ class Dex:
 
     explorers: int | None = option(
         None,
-        "K, how many exit depths there are, evenly spaced at ceil(k L / K). Unless given, it is 1 on one device, or AR "
-        "where that should be faster, the number of stages on a mesh, and 5 without drafts.",
+        "K, how many exit depths there are, evenly spaced at ceil(k L / K). Unless given, it is 1, "
+        "or AR where that should be faster; the number of stages on a mesh of accelerators; 5 without drafts.",
         "--explorers",
         "K",
     )
@@ -76,7 +76,7 @@ class Dex:
     )
     draft: Any = option(
         True,
-        "Whether exit 0 drafts below every node; False is the paper's method. A TreeShape says how much is drafted.",
+        "Whether exit 0 drafts below new nodes; False is the paper's method. A TreeShape says how much is drafted.",
         "--no-draft",
         off="Draft nothing before the first layer: the paper's method.",
     )

@@ -39,5 +39,5 @@ def cache_length_for(prompt_length: int, max_new_tokens: int, ahead: int, batch:
 
 
 def batch_bucket(sequences: int) -> int:
-    """Return B, the sequences that programs are compiled for; those beyond `sequences` are done from the start."""
+    """Return B, the number of sequences to compile for: 1, 2 or a multiple of 4; added ones are done from the start."""
     return sequences if sequences <= 2 else -(-sequences // BATCH_STEP) * BATCH_STEP

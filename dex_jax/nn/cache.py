@@ -128,7 +128,7 @@ def write_in_place(
     """Return keys and values of layers, [B, G, S, d], with P rows written at positions from `at` [B] int32 on.
 
     `row` [B, P] chooses them among the keys and values `fresh`, which are arrays [L, B, G, N, d] or L of [B, G, N, d];
-    None takes all. `kinds` are those of each layer, see `write_rows`.
+    None takes all. `kinds` are those of each layer, see `write_rows`. Call it only where `written_in_place` is true.
     """
     together = isinstance(fresh[0], jax.Array)
     given = tuple(fresh) if together else (*fresh[0], *fresh[1])

@@ -142,7 +142,7 @@ class Transformer(nnx.Module):
         return scale if divisor == 1 else scale.astype(jnp.float32) / divisor
 
     def unembedding(self, features: jax.Array) -> jax.Array:
-        """Return the logits of normed features: [..., D] -> [..., V] float32."""
+        """Return the logits of `normed` features, capped like the model's and whole on every device: [..., V]."""
         own = capped(linear(features, self.vocabulary_kernel, out_dtype=jnp.float32), self.config.logit_cap)
         if self.vocabulary_axis is None:
             return own

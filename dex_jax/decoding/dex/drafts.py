@@ -22,7 +22,7 @@ from dex_jax.decoding.dex.row_choice import RowChoice, choose_rung, is_worth_a_l
 from dex_jax.decoding.dex.trees import TreeShape
 from dex_jax.decoding.ladder import fill
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
-from dex_jax.lattice import NO_NODE, Candidates, Cohort, Lattice, quantized
+from dex_jax.lattice import NO_NODE, NO_TOKEN, Candidates, Cohort, Lattice, quantized
 from dex_jax.sampling import Sampling, log_total, scores
 
 ANCHORS = 8
@@ -110,7 +110,7 @@ def _add_levels(
 
             def skipped(known: Any) -> tuple[Candidates, Any]:
                 none = jnp.full((batch, most * most), NO_NODE, jnp.int32)
-                return Candidates(none, none, jnp.full(none.shape, -jnp.inf)), known
+                return Candidates(jnp.full_like(none, NO_TOKEN), none, jnp.full(none.shape, -jnp.inf)), known
 
             more, known = jax.lax.cond(called, by_drafter, skipped, known)
             candidates = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), candidates, more)
@@ -243,7 +243,7 @@ def _drafts_of(
     assert before is not None
     inside = jnp.arange(most) < level.of_above
     alive = inside[None] & (above(cohort.score) > -jnp.inf)
-    rows = DraftRows(jnp.where(alive, token, NO_NODE), position, above(cohort.above), fill(before, 1, most))
+    rows = DraftRows(jnp.where(alive, token, NO_TOKEN), position, above(cohort.above), fill(before, 1, most))
     features, own = drafter.features(memory, known, rows)
 
     def put(states: jax.Array, new: jax.Array) -> jax.Array:

@@ -93,7 +93,7 @@ class DraftRows(NamedTuple):
     """The rows of one level of a cohort that exit 0 drafts below, n of the N rows of each sequence.
 
     Attributes:
-      token, position: [B, n] int32; the token is NO_NODE in unused rows; their results are not read.
+      token, position: [B, n] int32; the token is NO_TOKEN in unused rows; their results are not read.
       parent: [B, n] int32, the row of the cohort that each hangs below, NO_NODE for an anchor.
       before: [B, n, E], what is known of the position before an anchor; anything in other rows.
     """

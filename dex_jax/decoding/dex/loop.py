@@ -1,8 +1,8 @@
 """Depth Exploration Decoding: the tick, and the loop over ticks.
 
-One tick advances every cohort by a stage, commits the root's token if it has reached the last one, with the right
-drafts of its own cohort, collapses the lattice onto the node that held the last of these tokens, and lets the
-surviving nodes propose children, below which exit 0 drafts (arXiv 2606.29223). With K = 1 a tick runs a token tree
+One tick advances every cohort by a stage, commits the root, if it has reached the last one, with the right drafts of
+its own cohort, collapses the lattice onto the node, if any, that holds the last token emitted, and lets the surviving
+nodes propose children, below which exit 0 drafts (arXiv 2606.29223). With K = 1 a tick runs a token tree
 through all layers and commits a path of it. `init` and `step` are pure and compose with a caller's own jit; `run` is
 one lax.while_loop over `step`.
 
@@ -117,6 +117,8 @@ def step(
       DexError: a network of other stages than the state has, or without exits, or limits of other shapes.
     """
     check_limits(limits, state.prefix.shape[0])
+    if (drafts is None) != (state.text is None):
+        raise DexError("init and step must be given the same drafts: the state has none without a prompt, or has one")
     if state.stages > 1 and network.exits is None:
         raise DexError(
             f"a network without exits has one stage, and the state has {state.stages}: give the network exits"
@@ -253,7 +255,7 @@ def committed(state: DexState, view: StageView, slot: jax.Array, length: jax.Arr
 
 
 def collapse(state: DexState, path: Path) -> DexState:
-    """Keep only what hangs below the node of the last committed token, and nothing in sequences that are done."""
+    """Keep the node that holds the last token emitted and what hangs below it; nothing in sequences that are done."""
     lattice = jax.vmap(lat.collapse)(state.lattice, path)
     return state._replace(lattice=jax.vmap(lat.bury)(lattice, state.record.done))
 

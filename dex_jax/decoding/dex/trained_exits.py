@@ -18,7 +18,7 @@ from flax import nnx
 
 from dex_jax.config import ExitsConfig
 from dex_jax.decoding.dex.interface import Chunk, Drafter, DraftRows, Exits, StageView, before_nodes, before_rows
-from dex_jax.lattice import NO_NODE
+from dex_jax.lattice import NO_TOKEN
 from dex_jax.nn import few_rows
 from dex_jax.nn.attention import KeyValues, capped
 from dex_jax.nn.exits import Context, ContextMemory, ExitHeads, exit_graph, heads_of
@@ -124,7 +124,7 @@ class TrainedHeads:
             flat = (1, batch * rows, width)
             both = model.embed_tokens(jnp.maximum(below.token, 0)), before_rows(states, below)
             # Products in C++ skip rows of zeros, and most levels have fewer rows than there is room for.
-            there = (below.token != NO_NODE)[..., None]
+            there = (below.token != NO_TOKEN)[..., None]
             embedded, before = (jnp.where(there, each, 0).reshape(flat) for each in both)
             found = exit_heads(self.config, arrays).features(embedded, before, None)
             found = found.reshape(batch, rows, -1)

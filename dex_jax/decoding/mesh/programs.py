@@ -167,7 +167,7 @@ def _device(plan: Plan, weights: Any, heads: Heads) -> DeviceNetwork:
 
 
 def _own(memory: cache.Memory) -> cache.Memory:
-    """Return a device's caches without the leading axis, which is split over devices and has length 1 on each."""
+    """Return a device's memory: its KV caches without the leading axis, of length 1 there, and `exits` as they are."""
     return jax.tree.map(lambda x: x[0], memory._replace(exits=()))._replace(exits=memory.exits)
 
 
