@@ -82,6 +82,12 @@ class Cohort(NamedTuple):
     within: jax.Array  # [N, N] bool, the rows that each row attends to: itself and its ancestors in the cohort
 
 
+def first_rows(cohort: Cohort, rows: int) -> Cohort:
+    """Return the first rows of cohorts with a leading axis: [B, N] -> [B, rows]."""
+    cut = jax.tree.map(lambda field: field[:, :rows], cohort)
+    return cut._replace(within=cut.within[:, :, :rows])
+
+
 class Candidates(NamedTuple):
     """Proposed drafts below rows that a cohort has."""
 

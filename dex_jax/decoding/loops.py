@@ -152,7 +152,8 @@ class DexLoop(MeshLoop):
     def init_device(self, device: DeviceNetwork, plan: Plan, prefilled: Prefilled, capacity: int) -> DexState:
         memory = cache.with_lattice(prefilled.memory, device.model.config, plan.stages * plan.rows)
         state = _initial_state(device.network, plan, prefilled._replace(memory=memory), capacity)
-        return state._replace(hidden=state.hidden[: device.layout.held])
+        spawning = on_device.no_cohort(len(prefilled.token), plan.rows) if _first_drafts(plan) else None
+        return state._replace(hidden=state.hidden[: device.layout.held], spawning=spawning)
 
     def tick_device(self, device: DeviceNetwork, plan: Plan, limits: Limits, sampling: Sampling | None) -> Tick:
         if plan.stages == 1:
@@ -171,7 +172,14 @@ class DexLoop(MeshLoop):
             record=BY_SEQUENCE,
             text=None if plan.drafts is None else BY_SEQUENCE,
             choice=None if plan.drafts is None or not plan.drafts.rungs else CHOICE,
+            spawning=BY_SEQUENCE if _first_drafts(plan) else None,
         )
+
+
+def _first_drafts(plan: Plan) -> bool:
+    """Return whether the first of several devices drafts for all of them, which run a stage or more each."""
+    assert plan.layout is not None
+    return plan.drafts is not None and plan.stages > 1 and plan.layout.devices > 1
 
 
 CHOICE = RowChoice(EVERYWHERE, *[BY_SEQUENCE] * (len(RowChoice._fields) - 1))

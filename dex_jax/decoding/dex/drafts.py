@@ -40,7 +40,7 @@ def with_drafts(
     """Add drafts below the first ANCHORS anchors of a cohort, and keep only the rows that are worth their time.
 
     `drafter` and `before` [B, A, E], what it reads of the position before each of these, are None to draft
-    from the text alone. Gives (state, N rows of each sequence, the best ones first).
+    from the text alone. The noise must be that of `with_noise`. Gives (state, N rows of each sequence, best first).
     """
     count = anchors.token.shape[1]
     under = min(count, ANCHORS)
@@ -48,14 +48,18 @@ def with_drafts(
     # A slice as long as the widest level fits wherever a level begins.
     size = max(state.rows, count + sum(shape.widths) + shape.tail) + max(under, *shape.widths)
     cohort = jax.vmap(lat.widen, (0, None))(anchors, size)
-    furthest = jnp.max(jnp.where(cohort.score > -jnp.inf, cohort.position, -1), axis=1)
-    state = state._replace(noise=make_noise(state.noise, sampling, furthest + len(shape.widths)))
     levels = _levels(shape, count, under)
     cohort, drafting = _add_levels(drafter, state, cohort, levels, before, following, sampling, shape)
     ordered = jax.vmap(lat.sort_rows)(cohort)
     return (
         (state, ordered) if state.choice is None else _worth_their_time(state, state.choice, ordered, shape, drafting)
     )
+
+
+def with_noise(state: DexState, anchors: Cohort, sampling: Sampling | None, shape: TreeShape) -> DexState:
+    """Make the noise of the positions of all drafts below some anchors."""
+    furthest = jnp.max(jnp.where(anchors.score > -jnp.inf, anchors.position, -1), axis=1)
+    return state._replace(noise=make_noise(state.noise, sampling, furthest + len(shape.widths)))
 
 
 class _Continuations(NamedTuple):

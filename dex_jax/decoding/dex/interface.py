@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from dex_jax.decoding.dex.row_choice import RowChoice
 from dex_jax.decoding.noise import Noise
 from dex_jax.decoding.record import Record
-from dex_jax.lattice import NO_NODE, Lattice
+from dex_jax.lattice import NO_NODE, Cohort, Lattice
 
 
 class StageView(NamedTuple):
@@ -211,6 +211,7 @@ class DexState(NamedTuple):
       record: what has been emitted.
       text: [B, S] int32, all tokens at their positions; None without drafts.
       choice: what rows cost and bring; None where every tick runs all of them.
+      spawning: on several devices the youngest cohort, which its first device drafted; None elsewhere.
     """
 
     tick: jax.Array
@@ -222,6 +223,7 @@ class DexState(NamedTuple):
     record: Record
     text: jax.Array | None = None
     choice: RowChoice | None = None
+    spawning: Cohort | None = None
 
     @property
     def stages(self) -> int:

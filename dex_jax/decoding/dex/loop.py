@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from dex_jax import lattice as lat
 from dex_jax.decoding.dex import row_choice
-from dex_jax.decoding.dex.drafts import ANCHORS, with_drafts
+from dex_jax.decoding.dex.drafts import ANCHORS, with_drafts, with_noise
 from dex_jax.decoding.dex.interface import Committed, DexState, Network, StageView, before_nodes
 from dex_jax.decoding.dex.proposals import ask_exits
 from dex_jax.decoding.dex.trees import TreeShape
@@ -129,6 +129,7 @@ def step(
     state, path = commit(network, state, view, final, limits, drafts)
     state = collapse(state, path)
     anchors = anchors_of(state, propose(network, state, view, sampling, decs=decs))
+    state = state if drafts is None else with_noise(state, anchors, sampling, drafts)
     state, cohort = draft(network, state, view, anchors, sampling, drafts)
     return spawn(state, cohort)
 

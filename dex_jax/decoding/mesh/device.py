@@ -1,9 +1,9 @@
 """The work of one device of a mesh, under shard_map: its own stages of the network, and its messages to the others.
 
-Every device keeps the whole lattice, drafts for itself and updates both alike, so only this passes between devices in a
-tick: the hidden states of one cohort to the next device, in one permute; the exits' proposals and the final layer's
-tokens, in one gather of integers; and, only for exits or a drafter that read the position before, the features of each
-stage's cohort, in one more gather.
+Every device keeps the whole lattice and updates it alike, and only the first one drafts. This passes between devices in
+a tick: the hidden states of one cohort to the next device, in one permute; the exits' proposals and the final layer's
+tokens, in one gather of integers; with drafts, the cohort of the first device, in another; and for exits or a drafter
+that read the position before, the features of each stage's cohort, in one more.
 
 A device sees its layers as a small unrolled model, so that the functions of nn/forward.py run here unchanged.
 
@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dex_jax import lattice as lat
 from dex_jax.decoding.ar import ARState, emitted, next_token
+from dex_jax.decoding.dex.drafts import with_noise
 from dex_jax.decoding.dex.interface import Committed, DexState, Network, StageView, before_nodes
 from dex_jax.decoding.dex.loop import (
     anchors_of,
@@ -48,7 +50,7 @@ from dex_jax.decoding.dex.trees import TreeShape
 from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
 from dex_jax.decoding.plan import Plan
 from dex_jax.decoding.record import Limits
-from dex_jax.lattice import NO_TOKEN, Proposals
+from dex_jax.lattice import NO_NODE, NO_TOKEN, Cohort, Proposals
 from dex_jax.nn.attention import causal_rows
 from dex_jax.nn.cache import NOWHERE, Memory, write_rows
 from dex_jax.nn.forward import InUse, run_rows
@@ -56,6 +58,9 @@ from dex_jax.nn.no_copies import ordered_after
 from dex_jax.nn.sharding import STAGE
 from dex_jax.nn.transformer import Staged, Transformer
 from dex_jax.sampling import Sampling
+
+BITS = 32
+"""Number of bits of a word that is sent."""
 
 
 class DeviceNetwork(NamedTuple):
@@ -166,12 +171,16 @@ def step(
 
     The exits of all stages and the final layer are asked at once, before the commit is known, and proposals below nodes
     that the collapse removes are dropped: this takes one exchange instead of two, and no head waits for another. Where
-    a tick commits a path, the context layer of exits sees only its root before the next tick. The state's `hidden`,
-    [S, B, W, D], and its caches belong to this device's stages alone.
+    a tick commits a path, the context layer of exits sees only its root before the next tick. The first device drafts,
+    while the others run the next tick's layers: they learn of its cohort after that. Between ticks the state's `hidden`
+    [S, B, W, D] is what this device's stages run next.
     """
     network, before = device.network, state.memory.exits
     state, view = begin_tick(state, sampling)
-    state = advance(device, state, view)
+    state, moved = advance(device, state, view)
+    if state.spawning is not None:
+        cohort = from_first_device(state.spawning)
+        state = state._replace(lattice=jax.vmap(lat.spawn, (0, None, 0))(state.lattice, state.tick - 1, cohort))
     finished, last = roots_finished(state), jax.lax.axis_index(STAGE) == device.layout.devices - 1
     final = final_tokens(network, state, view, finished & last, sampling, drafts)
     shared = device.share(state.hidden)
@@ -188,20 +197,52 @@ def step(
     drafter = network.drafter
     if drafter is not None:
         drafter = drafter._replace(node_features=lambda memory, hidden, view: shared)
-    state, cohort = draft(network._replace(drafter=drafter), state, view, anchors, sampling, drafts)
-    return spawn(state, cohort)
+    state = state if drafts is None else with_noise(state, anchors, sampling, drafts)
+
+    def drafted() -> tuple[Any, Cohort]:
+        after, cohort = draft(network._replace(drafter=drafter), state, view, anchors, sampling, drafts)
+        return after.choice, lat.first_rows(cohort, state.rows)
+
+    if state.spawning is None:
+        choice, cohort = drafted()
+    else:
+        first = jax.lax.axis_index(STAGE) == 0
+        choice, cohort = jax.lax.cond(first, drafted, lambda: (state.choice, state.spawning))
+        state = state._replace(spawning=cohort)
+    return spawn(state._replace(choice=choice, hidden=moved), cohort)
 
 
-def advance(device: DeviceNetwork, state: DexState, view: StageView) -> DexState:
-    """Run the cohorts of this device's stages; the first of them arrives from the device before."""
-    network = device.network
-    entering = network.embed(view.token[0], view.position[0]).astype(state.hidden.dtype)[None]
-    if device.layout.devices > 1:
-        arrived = jax.lax.ppermute(state.hidden[-1:], STAGE, [(d, d + 1) for d in range(device.layout.devices - 1)])
-        entering = jnp.where(jax.lax.axis_index(STAGE) == 0, entering, arrived)
-    hidden = jnp.concatenate([entering, state.hidden[:-1]])
+def no_cohort(sequences: int, rows: int) -> Cohort:
+    """Return cohorts of B = `sequences` without any node: fields [B, W]."""
+    none = jnp.full((sequences, rows), NO_NODE, jnp.int32)
+    blank = jnp.zeros((sequences, rows, rows), bool)
+    return Cohort(none, none, none, none, none, jnp.full(none.shape, -jnp.inf), blank)
+
+
+def advance(device: DeviceNetwork, state: DexState, view: StageView) -> tuple[DexState, jax.Array]:
+    """Run the cohorts of this device's stages: (state, hidden states that the stages run next, [S, B, W, D])."""
+    network, devices = device.network, device.layout.devices
+    entering = network.embed(view.token[0], view.position[0]).astype(state.hidden.dtype)
+    if devices > 1:
+        entering = jnp.where(jax.lax.axis_index(STAGE) == 0, entering, state.hidden[0])
+    hidden = jnp.concatenate([entering[None], state.hidden[1:]])
     hidden, memory = network.advance(state.memory, hidden, own_stages(view, device.layout))
-    return state._replace(hidden=hidden, memory=memory)
+    leaving = hidden[-1:]
+    if devices > 1:
+        leaving = jax.lax.ppermute(leaving, STAGE, [(d, d + 1) for d in range(devices - 1)])
+    return state._replace(hidden=hidden, memory=memory), jnp.concatenate([leaving, hidden[:-1]])
+
+
+def from_first_device(cohort: Cohort) -> Cohort:
+    """Return the cohort of the first device, fields [B, W], by one gather of int32."""
+    rows = jnp.arange(cohort.within.shape[-1])
+    bits = cohort.within.astype(jnp.int32) << rows % BITS
+    bits = jnp.sum(jnp.pad(bits, [(0, 0), (0, 0), (0, -len(rows) % BITS)]).reshape(*bits.shape[:2], -1, BITS), axis=-1)
+    score = jax.lax.bitcast_convert_type(cohort.score, jnp.int32)
+    words = jnp.stack([*cohort[:5], score, *jnp.unstack(bits, axis=-1)], axis=-1)
+    *numbers, score = jnp.unstack((words := jax.lax.all_gather(words, STAGE)[0])[..., :6], axis=-1)
+    within = (words[..., 6 + rows // BITS] >> rows % BITS & 1).astype(bool)
+    return Cohort(*numbers, jax.lax.bitcast_convert_type(score, jnp.float32), within)
 
 
 def ask_own_exit(
