@@ -31,8 +31,8 @@ from dex_jax.interrupts import BAD_INPUT, end_process
 HEARTBEAT_SECONDS = 20
 """The time without a sign of life after which a process counts as dead, and JAX ends the others too."""
 
-SILENCE_SECONDS = 5
-"""Half the time after which a connection to a machine that is gone counts as closed."""
+SILENCE_SECONDS = 3
+"""The time between two signs of life on a connection; after five without an answer it counts as closed."""
 
 GOODBYE = b"."
 """The byte that a process sends to the others as it ends by itself."""
@@ -84,7 +84,7 @@ def _watch() -> None:
         _send(list(peers), password[jax.process_index()].encode())
     for peer in peers:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (("IDLE", SILENCE_SECONDS), ("INTVL", SILENCE_SECONDS), ("CNT", 1)):
+        for option, value in (("IDLE", SILENCE_SECONDS), ("INTVL", SILENCE_SECONDS), ("CNT", 4)):
             if hasattr(socket, f"TCP_KEEP{option}"):
                 peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_KEEP{option}"), value)
     threading.Thread(target=_end_with_others, args=(peers,), daemon=True, name="other processes").start()
@@ -144,7 +144,7 @@ def _everywhere(text: str) -> list[str]:
 def await_end() -> None:
     """Give the thread that watches the others time to end this process, after an exchange has failed."""
     if jax.process_count() > 1:
-        time.sleep(2 * SILENCE_SECONDS)
+        time.sleep(5 * SILENCE_SECONDS)
 
 
 def keep_stdout() -> None:

@@ -9,12 +9,7 @@ from jax.sharding import Mesh
 
 from dex_jax.decoding.plan import GivenExits, Method, find_exits, with_stages
 from dex_jax.decoding.request import AR, Dex
-from dex_jax.io.exits_file import TrainedExits
 from dex_jax.nn.sharding import DATA, STAGE
-
-FEWEST_STAGES = 3
-"""The fewest stages with which accelerators run an explorer on each. A tree waits for one stage after the other,
-which costs little with two of them."""
 
 MANY = 4
 """The smallest batch that a CPU decodes by AR, as the sequences alone are as many rows as pay. Drafts took 8% longer in
@@ -36,7 +31,8 @@ def choose_method(
 
     Any `method` but Dex() without fields is kept; on a mesh it gets an explorer a stage unless it says how many. One
     explorer is slower than AR at most by the time that it takes to see that drafts are wrong: its ticks choose their
-    rows (decoding/dex/row_choice.py). Several explorers on one device take turns. Raise DexError for unreadable exits.
+    rows (decoding/dex/row_choice.py). Explorers are never chosen here: on one device they take turns, and on several
+    nothing measured so far shows them ahead of one explorer's trees. Raise DexError for unreadable exits.
     """
     if method != Dex():
         return MethodChoice(with_stages(method, None if mesh is None else mesh.shape[STAGE]), exits)
@@ -47,10 +43,6 @@ def choose_method(
     if batch >= MANY and device.platform == "cpu":
         return MethodChoice(AR(), exits, f"AR, as drafts bring nothing to batches of {batch} on a CPU")
     where = "one explorer with drafts" + (" over all stages" if stages > 1 else "")
-    if stages >= FEWEST_STAGES and device.platform != "cpu":
-        if given.drafter is None or isinstance(given.drafter, TrainedExits):
-            return MethodChoice(Dex(explorers=stages), exits, "an explorer with drafts on each stage")
-        return MethodChoice(one, exits, f"{where}, as {given.drafter_source} drafts for one")
     if given.own == "exits":
         turns = "several explorers, which take turns here" if stages == 1 else "an explorer on each stage"
         return MethodChoice(one, "default", f"{where}; {given.source} is for {turns}: --explorers asks for them")

@@ -54,7 +54,7 @@ class Dex:
     explorers: int | None = option(
         None,
         "K, how many exit depths there are, evenly spaced at ceil(k L / K). Unless given, it is 1, "
-        "or AR where that should be faster; the number of stages on a mesh of accelerators; 5 without drafts.",
+        "or AR where that should be faster, and 5 without drafts.",
         "--explorers",
         "K",
     )

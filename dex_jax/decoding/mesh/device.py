@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dex_jax import lattice as lat
 from dex_jax.decoding.ar import ARState, emitted, next_token
@@ -235,14 +236,15 @@ def advance(device: DeviceNetwork, state: DexState, view: StageView) -> tuple[De
 
 def from_first_device(cohort: Cohort) -> Cohort:
     """Return the cohort of the first device, fields [B, W], by one gather of int32."""
-    rows = jnp.arange(cohort.within.shape[-1])
-    bits = cohort.within.astype(jnp.int32) << rows % BITS
-    bits = jnp.sum(jnp.pad(bits, [(0, 0), (0, 0), (0, -len(rows) % BITS)]).reshape(*bits.shape[:2], -1, BITS), axis=-1)
+    rows = np.arange(cohort.within.shape[-1])
+    place = jnp.asarray(rows % BITS, jnp.int32)[None, None]
+    bits = jnp.pad(cohort.within.astype(jnp.int32) << place, [(0, 0), (0, 0), (0, -len(rows) % BITS)])
+    bits = jnp.sum(bits.reshape(*bits.shape[:2], -1, BITS), axis=-1)
     score = jax.lax.bitcast_convert_type(cohort.score, jnp.int32)
     words = jnp.stack([*cohort[:5], score, *jnp.unstack(bits, axis=-1)], axis=-1)
     *numbers, score = jnp.unstack((words := jax.lax.all_gather(words, STAGE)[0])[..., :6], axis=-1)
-    within = (words[..., 6 + rows // BITS] >> rows % BITS & 1).astype(bool)
-    return Cohort(*numbers, jax.lax.bitcast_convert_type(score, jnp.float32), within)
+    within = (words[..., 6 + rows // BITS] >> place & 1).astype(bool)
+    return Cohort._make([*numbers, jax.lax.bitcast_convert_type(score, jnp.float32), within])
 
 
 def ask_own_exit(
