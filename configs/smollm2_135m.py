@@ -42,11 +42,7 @@ first = ExitTraining(
         window=32,
         draft_size=8192,
     ),
-    data=(
-        "self=0.25",
-        "python-stdlib=0.3",
-        *(f"{DATA / name}={share}" for name, share in present.items()),
-    ),
+    data=("self=0.25", "python-stdlib=0.3", *(f"{DATA / name}={share}" for name, share in present.items())),
     sources=SourceOptions(
         length=224,
         answer_limit=128,

@@ -17,12 +17,6 @@ config = ExitTraining(
     evaluation_texts=4,
     evaluation_tokens=32,
     train=TrainConfig(
-        steps=60,
-        batch=3,
-        learning_rate=2e-3,
-        warmup_steps=5,
-        checkpoint_every=20,
-        eval_every=20,
-        log_every=20,
+        steps=60, batch=3, learning_rate=2e-3, warmup_steps=5, checkpoint_every=20, eval_every=20, log_every=20
     ),
 )

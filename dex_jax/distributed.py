@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import inspect
 import json
 import os
 import secrets
@@ -27,9 +26,6 @@ from jax.experimental import multihost_utils
 
 from dex_jax.errors import DexError
 from dex_jax.interrupts import BAD_INPUT, end_process
-
-HEARTBEAT_SECONDS = 20
-"""The time without a sign of life after which a process counts as dead, and JAX ends the others too."""
 
 SILENCE_SECONDS = 3
 """The time between two signs of life on a connection; after five without an answer it counts as closed."""
@@ -51,8 +47,6 @@ def join() -> None:
                 given[field] = int(os.environ[variable])
             except ValueError as error:
                 raise DexError(f"{variable} must be a whole number, not {os.environ[variable]!r}") from error
-    if "heartbeat_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters:
-        given["heartbeat_timeout_seconds"] = HEARTBEAT_SECONDS
     try:
         jax.distributed.initialize(**given)
     except (ValueError, RuntimeError) as error:
@@ -136,9 +130,11 @@ def _connected(hosts: list[str], port: int) -> socket.socket:
 
 
 def _everywhere(text: str) -> list[str]:
-    """Return the texts of all processes, of at most 1,000 bytes each, in their order."""
-    data = np.frombuffer(text.encode()[:1000].ljust(1000), np.uint8)
-    return [row.tobytes().decode(errors="ignore").strip() for row in multihost_utils.process_allgather(data)]
+    """Return the texts of all processes, in their order; blanks at their ends are lost."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.process_allgather(np.int32(len(data))).max())
+    rows = multihost_utils.process_allgather(np.pad(data, (0, size - len(data)), constant_values=ord(" ")))
+    return [row.astype(np.uint8).tobytes().decode().rstrip() for row in rows]
 
 
 def await_end() -> None:
@@ -175,11 +171,7 @@ def from_first(make: Callable[[], Any]) -> Any:
             message["value"] = make()
         except DexError as error:
             message["error"] = str(error)
-    data = np.frombuffer(json.dumps(message).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    # Only what process 0 holds counts, and there `resize` changes nothing.
-    text = np.asarray(multihost_utils.broadcast_one_to_all(np.resize(data, size)))
-    message = json.loads(text.astype(np.uint8).tobytes())
+    message = json.loads(_everywhere(json.dumps(message))[0])
     if "error" in message:
         raise DexError(message["error"])
     return message["value"]

@@ -27,6 +27,11 @@ def whole_number(**fields: Any) -> None:
             raise DexError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
+def is_integer(value: Any) -> bool:
+    """Return whether a value is an integer, of Python or NumPy, and no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def is_whole(value: Any) -> bool:
     """Return whether a value is a whole number of at least 1, of Python or NumPy."""
-    return not isinstance(value, bool) and isinstance(value, numbers.Integral) and int(value) >= 1
+    return is_integer(value) and int(value) >= 1

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
-from dex_jax.errors import DexError
+from dex_jax.errors import DexError, is_integer
 
 
 def even_depths(stages: int, num_layers: int) -> tuple[int, ...]:
@@ -17,7 +16,7 @@ def even_depths(stages: int, num_layers: int) -> tuple[int, ...]:
 
 def check_depths(depths: Any, num_layers: int) -> tuple[int, ...]:
     """Return exit depths that a user gave; raise DexError unless they are whole numbers x_1 < ... < x_K = L."""
-    if isinstance(depths, str) or not isinstance(depths, Sequence) or not all(map(_is_integer, depths)):
+    if isinstance(depths, str) or not isinstance(depths, Sequence) or not all(map(is_integer, depths)):
         raise DexError(f"depths are whole numbers, such as (6, 12, 30), not {depths!r}")
     depths = tuple(int(x) for x in depths)
     text = ",".join(map(str, depths))
@@ -28,10 +27,6 @@ def check_depths(depths: Any, num_layers: int) -> tuple[int, ...]:
     if depths[-1] != num_layers:
         raise DexError(f"depths must end at the model's last layer, {num_layers}, not at {depths[-1]}")
     return depths
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def nearest_depths(wanted: tuple[int, ...], trained: tuple[int, ...], source: str) -> tuple[int, ...]:

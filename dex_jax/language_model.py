@@ -211,11 +211,7 @@ def outline(
 
 
 def packing_of(
-    checkpoint: Checkpoint,
-    dtype: jnp.dtype,
-    mesh: Mesh | None,
-    weights: str | None,
-    platform: str | None = None,
+    checkpoint: Checkpoint, dtype: jnp.dtype, mesh: Mesh | None, weights: str | None, platform: str | None = None
 ) -> Packing:
     """Return which kernels stay packed: those that `weights`, as in `load`, asks for and the device computes rightly.
 

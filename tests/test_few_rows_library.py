@@ -64,12 +64,7 @@ def test_what_is_needed_is_compiled_once_and_kept_and_what_others_may_have_writt
     own = {"CXX": quick_compiler(tmp_path)}
     assert says(tmp_path, **own) == (True, "bfloat16")
     built = sorted((tmp_path / "dex_jax" / "native").iterdir())
-    assert [file.name.split("-")[0] for file in built] == [
-        "float32",
-        "float32",
-        "kernels",
-        "kernels",
-    ]
+    assert [file.name.split("-")[0] for file in built] == ["float32", "float32", "kernels", "kernels"]
     made = [file.stat().st_mtime_ns for file in built]
     # Two devices must propose what one does, so they keep bfloat16 too.
     assert says(tmp_path, **own, XLA_FLAGS=environment.flags_for_devices(2)) == (False, "bfloat16")

@@ -27,10 +27,7 @@ SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95}
 SEED = 11
 UNEVEN = Dex(depths=(1, 3, 4), draft=False)
 OPTIONS = {"method": UNEVEN, "max_new_tokens": TOKENS, "exits": "shared"}
-METHODS = {
-    "K3 uneven": UNEVEN,
-    "K4 two rows": Dex(explorers=4, rows=2, draft=False),
-}
+METHODS = {"K3 uneven": UNEVEN, "K4 two rows": Dex(explorers=4, rows=2, draft=False)}
 
 
 # These tests spend their time on compiling, so they share few programs. Golden tests have the other families.

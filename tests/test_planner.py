@@ -68,11 +68,7 @@ def test_every_way_is_what_the_twin_says(batch: int) -> None:
             3 * 4 * gathered(states, 2) + gathered(16 * batch * 100, 2) + told(2, states, 4 * batch),
             1.2,
         ),
-        ("DEX, K = 4", "stage=4"): (
-            by_hand(2, 3, 1, min(1, batch * 0.5), 1, 0, batch),
-            told(4, wide, 3 * batch),
-            0.5,
-        ),
+        ("DEX, K = 4", "stage=4"): (by_hand(2, 3, 1, min(1, batch * 0.5), 1, 0, batch), told(4, wide, 3 * batch), 0.5),
     }
     assert found.keys() == expected.keys()
     for way, (seconds, messages, tokens) in expected.items():

@@ -40,11 +40,7 @@ def plain(lm):
 
 @pytest.mark.parametrize(
     ("kind", "fused", "draft"),
-    [
-        slow("linear", True, 30),
-        slow("attn", False, 30),
-        ("linear, of the position before alone", True, 30),
-    ],
+    [slow("linear", True, 30), slow("attn", False, 30), ("linear, of the position before alone", True, 30)],
 )
 def test_tokens_are_those_of_ar_and_exits_those_of_teacher_forcing(lm, plain, kind, fused, draft) -> None:
     exits = random_exits(kind.split(",")[0], fused=fused, draft=draft)

@@ -78,11 +78,7 @@ def plain():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    [
-        dex_jax.Dex(explorers=1),
-        dex_jax.AR(),
-        dex_jax.Dex(explorers=3, rows=8),
-    ],
+    [dex_jax.Dex(explorers=1), dex_jax.AR(), dex_jax.Dex(explorers=3, rows=8)],
     ids=lambda method: type(method).__name__,
 )
 def test_rings_lose_no_token(plain, method) -> None:

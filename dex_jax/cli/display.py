@@ -113,7 +113,8 @@ def summary(output: Output, checks: list[Check] | None) -> str:
         where += f"; drafts from the text{drafter}"
     if plan.has_lattice and stats.ticks is not None:
         ticks = int(stats.ticks.sum())
-        lines[0] += f", {ticks} ticks, depth-side speedup {_over(plan.stages * after_first, ticks):.2f}"
+        speedup = plan.stages * after_first / ticks if ticks else math.nan
+        lines[0] += f", {ticks} ticks, depth-side speedup {speedup:.2f}"
         lines.append(where)
     lines.append(
         f"wall-clock: {rate} in {stats.decode_seconds:.2f} s of decoding, prefill {stats.prefill_seconds:.2f} s, "
@@ -124,10 +125,6 @@ def summary(output: Output, checks: list[Check] | None) -> str:
     lines += _measured(output)
     lines += _check_lines(checks, stats.dtype)
     return "\n".join(lines)
-
-
-def _over(count: int, other: int) -> float:
-    return count / other if other else math.nan
 
 
 def _measured(output: Output) -> list[str]:

@@ -92,7 +92,7 @@ def chosen_exits(args: argparse.Namespace, lm: LanguageModel) -> TrainedExits:
     if exits is None:
         raise DexError(f"no trained exits ship with {lm.source}: give a folder, a file, or shared")
     if exits.fingerprint != lm.fingerprint:
-        _warn(f"warning: the exits in {exits.source} were trained on another model")
+        print(f"warning: the exits in {exits.source} were trained on another model", file=sys.stderr, flush=True)
     return exits
 
 
@@ -112,7 +112,3 @@ def spread(prompts: list[Any], count: int | None) -> list[Any]:
     if count is None or count >= len(prompts):
         return prompts
     return [prompts[at * len(prompts) // count] for at in range(count)]
-
-
-def _warn(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

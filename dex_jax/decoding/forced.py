@@ -185,11 +185,7 @@ def dex_exits(forced: Forced, depths: Sequence[int], decs: bool = True) -> list[
 
 
 def forced_exits(
-    lm: LanguageModel,
-    prompt: Sequence[int],
-    tokens: Sequence[int],
-    schedule: Plan,
-    exits: TrainedExits | None = None,
+    lm: LanguageModel, prompt: Sequence[int], tokens: Sequence[int], schedule: Plan, exits: TrainedExits | None = None
 ) -> np.ndarray:
     """Return the exit that first gives each of n tokens emitted greedily after a prompt: [n] int32 as Stats.exits.
 

@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from dex_jax.errors import DexError, whole_number
+from dex_jax.errors import DexError, is_integer, whole_number
 
 MOST_SEEDS = 2**63
 """The bound of seeds, which are at least -MOST_SEEDS and below MOST_SEEDS."""
@@ -158,7 +158,7 @@ class Request:
         if self.top_p is not None and not (_is_real(self.top_p) and 0 < self.top_p <= 1):
             raise DexError(f"top_p must lie in (0, 1], not {_short(self.top_p)}")
         seeds: Any = self.seed if _is_list(self.seed) else [self.seed]
-        if not all(map(_is_seed, seeds)):
+        if not all(is_integer(seed) and -MOST_SEEDS <= int(seed) < MOST_SEEDS for seed in seeds):
             raise DexError("a seed is a whole number of at most 63 bits: give one, or one for each sequence")
         stops: Any = self.stop if _is_list(self.stop) else [] if self.stop is None else [self.stop]
         if not all(isinstance(each, str) and each for each in stops):
@@ -224,11 +224,6 @@ def _is_real(value: Any) -> bool:
 
 def _is_list(value: Any) -> bool:
     return not isinstance(value, (str, bytes)) and (isinstance(value, Sequence) or hasattr(value, "tolist"))
-
-
-def _is_seed(value: Any) -> bool:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    return whole and -MOST_SEEDS <= int(value) < MOST_SEEDS
 
 
 def _short(value: Any) -> str:

@@ -145,13 +145,7 @@ class Session:
     With an Outline it can only compile.
     """
 
-    def __init__(
-        self,
-        lm: LanguageModel | Outline,
-        ids: list[list[int]],
-        plan: Plan,
-        request: Request,
-    ):
+    def __init__(self, lm: LanguageModel | Outline, ids: list[list[int]], plan: Plan, request: Request):
         self.lm, self.ids, self.given = lm, ids, plan.heads
         drafts = plan.drafts
         self.sequences = len(ids)

@@ -39,7 +39,7 @@ class Unpacked(NamedTuple):
 def unpack(part: jax.Array, format: str) -> Unpacked:
     """Unpack rows [..., bytes] uint8 of one of FORMATS; groups are those of a row, in the order of its columns."""
     _, size = FORMATS[format]
-    each = _PIECES[format](part.reshape(*part.shape[:-1], -1, size))
+    each = _UNPACK[format](part.reshape(*part.shape[:-1], -1, size))
     return jax.tree.map(lambda x: x.reshape(*part.shape[:-1], -1, x.shape[-1]), each)
 
 
@@ -60,22 +60,10 @@ def _bits(codes: jax.Array, axis: int, step: int) -> jax.Array:
     return codes >> jnp.arange(0, 8, step, dtype=jnp.uint8).reshape(shape)
 
 
-def _q4_0(blocks: jax.Array) -> Unpacked:
-    return Unpacked(_less(_nibbles(blocks[..., 2:]), 8), _half(blocks, 0))
-
-
-def _q4_1(blocks: jax.Array) -> Unpacked:
-    return Unpacked(_nibbles(blocks[..., 4:]), _half(blocks, 0), _half(blocks, 2))
-
-
 def _q5_0(blocks: jax.Array) -> Unpacked:
     fifth = _bits(blocks[..., 2:6, None], -1, 1) & 1
     codes = _nibbles(blocks[..., 6:]) | fifth.reshape(*blocks.shape[:-1], 32) << 4
     return Unpacked(_less(codes, 16), _half(blocks, 0))
-
-
-def _q8_0(blocks: jax.Array) -> Unpacked:
-    return Unpacked(jax.lax.bitcast_convert_type(blocks[..., 2:], jnp.int8), _half(blocks, 0))
 
 
 def _less(codes: jax.Array, zero: int) -> jax.Array:
@@ -99,10 +87,6 @@ def _k_codes(codes: jax.Array) -> jax.Array:
     return _nibbles(codes.reshape(*lead, 4, 32)).reshape(*lead, 8, 32)
 
 
-def _q4_k(blocks: jax.Array) -> Unpacked:
-    return Unpacked(_k_codes(blocks[..., 16:]), *_k_scales(blocks))
-
-
 def _q5_k(blocks: jax.Array) -> Unpacked:
     fifth = _bits(blocks[..., None, 16:48], -2, 1) & 1
     return Unpacked(_k_codes(blocks[..., 48:]) | fifth << 4, *_k_scales(blocks))
@@ -116,12 +100,12 @@ def _q6_k(blocks: jax.Array) -> Unpacked:
     return Unpacked(_less((four | two << 4).reshape(*lead, 16, 16), 32), (_half(blocks, 208) * scales)[..., None])
 
 
-_PIECES: dict[str, Callable[[jax.Array], Unpacked]] = {
-    "Q4_0": _q4_0,
-    "Q4_1": _q4_1,
+_UNPACK: dict[str, Callable[[jax.Array], Unpacked]] = {
+    "Q4_0": lambda blocks: Unpacked(_less(_nibbles(blocks[..., 2:]), 8), _half(blocks, 0)),
+    "Q4_1": lambda blocks: Unpacked(_nibbles(blocks[..., 4:]), _half(blocks, 0), _half(blocks, 2)),
     "Q5_0": _q5_0,
-    "Q8_0": _q8_0,
-    "Q4_K": _q4_k,
+    "Q8_0": lambda blocks: Unpacked(jax.lax.bitcast_convert_type(blocks[..., 2:], jnp.int8), _half(blocks, 0)),
+    "Q4_K": lambda blocks: Unpacked(_k_codes(blocks[..., 16:]), *_k_scales(blocks)),
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
 }

@@ -23,15 +23,7 @@ OUTPUTS = 16
 WORD = 4
 """Number of bytes of a word, which is also the unit of 8-bit codes without scales."""
 
-_HALVES = {
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "Q5_0": (0,),
-    "Q8_0": (0,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-    "Q6_K": (208,),
-}
+_HALVES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 """The offsets of the float16 numbers in a block, by format; all else is words."""
 
 

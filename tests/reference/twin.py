@@ -199,13 +199,7 @@ def decode(
 
 
 def with_drafts(
-    model,
-    run: Run,
-    anchors: list[Node],
-    stages: int,
-    rows: int | None,
-    shape: TreeShape,
-    draws: Draws | None,
+    model, run: Run, anchors: list[Node], stages: int, rows: int | None, shape: TreeShape, draws: Draws | None
 ) -> list[Node]:
     """Return anchors and the drafts of exit 0 below them, best first, as many as are worth it; none hangs yet."""
     follows: dict[Node, tuple[Node, list[int], list[float]]] = {}

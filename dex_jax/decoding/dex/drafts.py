@@ -56,8 +56,10 @@ def with_drafts(
     )
 
 
-def with_noise(state: DexState, anchors: Cohort, sampling: Sampling | None, shape: TreeShape) -> DexState:
-    """Make the noise of the positions of all drafts below some anchors."""
+def with_noise(state: DexState, anchors: Cohort, sampling: Sampling | None, shape: TreeShape | None) -> DexState:
+    """Make the noise of the positions of all drafts below some anchors; `shape` is None where there are none."""
+    if shape is None:
+        return state
     furthest = jnp.max(jnp.where(anchors.score > -jnp.inf, anchors.position, -1), axis=1)
     return state._replace(noise=make_noise(state.noise, sampling, furthest + len(shape.widths)))
 

@@ -129,7 +129,7 @@ def step(
     state, path = commit(network, state, view, final, limits, drafts)
     state = collapse(state, path)
     anchors = anchors_of(state, propose(network, state, view, sampling, decs=decs))
-    state = state if drafts is None else with_noise(state, anchors, sampling, drafts)
+    state = with_noise(state, anchors, sampling, drafts)
     state, cohort = draft(network, state, view, anchors, sampling, drafts)
     return spawn(state, cohort)
 

@@ -193,12 +193,8 @@ def _with_cohort(lattice: list[list[jax.Array]], fresh: Any, start: jax.Array) -
     """Return the keys and values of a stage's lattice slots with `fresh`, those of a cohort, from slot `start` on."""
     if written_in_place(tuple(lattice[0]), jax.tree.leaves(fresh)[0].shape[-2]):
         keys, values = lattice
-        at = jnp.broadcast_to(start, keys[0].shape[0])
-        return [*write_in_place(keys, values, fresh, None, at, [()] * len(keys))]
+        places = jnp.broadcast_to(start, keys[0].shape[0])
+        return [*write_in_place(keys, values, fresh, None, places, [()] * len(keys))]
     pairs = (zip(old, new, strict=True) for old, new in zip(lattice, fresh, strict=True))
-    return [[_write_cohort(*pair, start) for pair in each] for each in pairs]
-
-
-def _write_cohort(lattice: jax.Array, fresh: jax.Array, start: jax.Array) -> jax.Array:
-    """Write a cohort's rows at its slots, the same for every sequence: lattice [B, G, K W, d], fresh [B, G, W, d]."""
-    return jax.lax.dynamic_update_slice(lattice, fresh, (0, 0, start, 0))
+    at = (0, 0, start, 0)  # of [B, G, K W, d], the same slots in every sequence
+    return [[jax.lax.dynamic_update_slice(old, new, at) for old, new in each] for each in pairs]

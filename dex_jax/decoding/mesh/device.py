@@ -22,20 +22,9 @@ import numpy as np
 
 from dex_jax import lattice as lat
 from dex_jax.decoding.ar import ARState, emitted, next_token
+from dex_jax.decoding.dex import loop
 from dex_jax.decoding.dex.drafts import with_noise
 from dex_jax.decoding.dex.interface import Committed, DexState, Network, StageView, before_nodes
-from dex_jax.decoding.dex.loop import (
-    anchors_of,
-    begin_tick,
-    collapse,
-    commit,
-    committed,
-    draft,
-    final_tokens,
-    proposers,
-    roots_finished,
-    spawn,
-)
 from dex_jax.decoding.dex.network import shared_exits, transformer_network
 from dex_jax.decoding.dex.proposals import ask_exits
 from dex_jax.decoding.dex.trained_exits import (
@@ -177,31 +166,31 @@ def step(
     [S, B, W, D] is what this device's stages run next.
     """
     network, before = device.network, state.memory.exits
-    state, view = begin_tick(state, sampling)
+    state, view = loop.begin_tick(state, sampling)
     state, moved = advance(device, state, view)
     if state.spawning is not None:
         cohort = from_first_device(state.spawning)
         state = state._replace(lattice=jax.vmap(lat.spawn, (0, None, 0))(state.lattice, state.tick - 1, cohort))
-    finished, last = roots_finished(state), jax.lax.axis_index(STAGE) == device.layout.devices - 1
-    final = final_tokens(network, state, view, finished & last, sampling, drafts)
+    finished, last = loop.roots_finished(state), jax.lax.axis_index(STAGE) == device.layout.devices - 1
+    final = loop.final_tokens(network, state, view, finished & last, sampling, drafts)
     shared = device.share(state.hidden)
 
     def commit_all(memory: Memory, done: Committed) -> Memory:
         return network.commit(memory, done)._replace(exits=device.extend_exits(before, done, shared))
 
-    root = committed(state, view, jnp.maximum(state.lattice.root, 0)[:, None], finished.astype(jnp.int32))
+    root = loop.committed(state, view, jnp.maximum(state.lattice.root, 0)[:, None], finished.astype(jnp.int32))
     own = ask_own_exit(device, state, view, device.extend_exits(before, root, shared), shared, sampling, decs)
     proposals, final = exchange(own, final, device.layout)
-    state, path = commit(network._replace(commit=commit_all), state, view, final, limits, drafts)
-    state = collapse(state, path)
-    anchors = anchors_of(state, proposals._replace(valid=proposals.valid & proposers(state)))
+    state, path = loop.commit(network._replace(commit=commit_all), state, view, final, limits, drafts)
+    state = loop.collapse(state, path)
+    anchors = loop.anchors_of(state, proposals._replace(valid=proposals.valid & loop.proposers(state)))
     drafter = network.drafter
     if drafter is not None:
         drafter = drafter._replace(node_features=lambda memory, hidden, view: shared)
-    state = state if drafts is None else with_noise(state, anchors, sampling, drafts)
+    state = with_noise(state, anchors, sampling, drafts)
 
     def drafted() -> tuple[Any, Cohort]:
-        after, cohort = draft(network._replace(drafter=drafter), state, view, anchors, sampling, drafts)
+        after, cohort = loop.draft(network._replace(drafter=drafter), state, view, anchors, sampling, drafts)
         return after.choice, lat.first_rows(cohort, state.rows)
 
     if state.spawning is None:
@@ -210,7 +199,7 @@ def step(
         first = jax.lax.axis_index(STAGE) == 0
         choice, cohort = jax.lax.cond(first, drafted, lambda: (state.choice, state.spawning))
         state = state._replace(spawning=cohort)
-    return spawn(state._replace(choice=choice, hidden=moved), cohort)
+    return loop.spawn(state._replace(choice=choice, hidden=moved), cohort)
 
 
 def no_cohort(sequences: int, rows: int) -> Cohort:

@@ -193,5 +193,6 @@ def _together(plan: Plan, advance: Callable[[Any], Any], state: Any, until_tick:
 
 
 def _mapped(function: Callable[..., Any], plan: Plan, inputs: Any, outputs: Any) -> Callable[..., Any]:
-    # Outputs that are declared equal everywhere are equal: they come from gathers, sums or equal inputs.
+    # Outputs that are declared equal everywhere come from gathers, sums or equal inputs; of the youngest cohort and the
+    # choice of rows only those of the first device count.
     return jax.shard_map(function, mesh=plan.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
