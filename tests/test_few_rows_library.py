@@ -189,6 +189,7 @@ def test_sanitizers_find_nothing_in_the_kernels_on_ragged_empty_and_wrong_shapes
 
 
 INSTRUCTIONS = {
+    "VNNI": ("-mno-avx512vnni", "-mno-avxvnni"),
     "AVX2 with VNNI": ("-mno-avx512f",),
     "AVX2": ("-mno-avx512f", "-mno-avxvnni"),
     "none": ("-mno-avx512f", "-mno-avx2", "-mno-avx", "-mno-fma", "-mno-f16c"),

@@ -1,10 +1,12 @@
 // Products of rows with packed weights, in whole numbers.
 //
 // Weights lie in tiles of 16 outputs (nn/tiles.py): a register holds four columns of as many outputs as it has lanes. A row is
-// rounded to 16 bits in blocks of 32 columns with a scale each, and cut into two digits of 8 bits. Products of codes and
-// digits are added up in int32, which is exact in any order; the sum of a block is scaled and added in float32, block after
-// block. So the result of a row is the same to the last bit whatever rows are beside it, however many threads work, and
-// whatever instructions the CPU has.
+// rounded to 16 bits in blocks of 32 columns with a scale each. Products of codes and these numbers are added up in int32,
+// which is exact in any order; the sum of a block is scaled and added in float32, block after block. So the result of a row is
+// the same to the last bit whatever rows are beside it, however many threads work, and whatever instructions the CPU has.
+//
+// CPUs with an instruction for dot products of four bytes (VNNI; ARM's dot product) multiply the two digits of 8 bits that a
+// number has. All others widen the codes to 16 bits, once for all rows, and multiply pairs of whole numbers.
 
 #ifndef DEX_JAX_TILES_H_
 #define DEX_JAX_TILES_H_
@@ -28,9 +30,22 @@ constexpr int kMostRows = 16;  // rows that are multiplied while a tile is in re
 // The largest number of a block: both digits of it, and of its opposite, fit into an int8.
 constexpr float kLargest = 127 * 256;
 
-// A block of a row: number i is 256 * high[i] + low[i], and stands for `scale` times as much.
+#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__)) || defined(__ARM_FEATURE_DOTPROD)
+#define DEX_JAX_DOT_OF_BYTES
+#endif
+
+// A block of a row, whose numbers stand for `scale` times as much. Number i is 256 * high[i] + low[i], or lies in `numbers`: of
+// each four columns the first and third, then the second and fourth, as widened codes lie.
 struct alignas(64) Digits {
+#if defined(DEX_JAX_DOT_OF_BYTES)
   int8_t high[kBlockColumns], low[kBlockColumns];
+  void Set(int i, int32_t number) {
+    low[i] = static_cast<int8_t>(number), high[i] = static_cast<int8_t>((number + 128) >> 8);
+  }
+#else
+  int16_t numbers[kBlockColumns];
+  void Set(int i, int32_t number) { numbers[(i & ~3) + (i >> 1 & 1) + 2 * (i & 1)] = static_cast<int16_t>(number); }
+#endif
 };
 struct About {
   float scale, sum;       // the sum of what the numbers stand for
@@ -57,8 +72,7 @@ inline void Round(const float* row, int64_t count, Digits* digits, About* about)
   for (int i = 0; i < kBlockColumns; ++i) block[i] = block[i] * inverse + 12582912.0f;
   std::memcpy(bits, block, sizeof(bits));
   for (int i = 0; i < kBlockColumns; ++i) bits[i] -= 0x4b400000;
-  for (int i = 0; i < kBlockColumns; ++i) digits->low[i] = static_cast<int8_t>(bits[i]);
-  for (int i = 0; i < kBlockColumns; ++i) digits->high[i] = static_cast<int8_t>((bits[i] + 128) >> 8);
+  for (int i = 0; i < kBlockColumns; ++i) digits->Set(i, bits[i]);
   int32_t first = 0, second = 0;
   for (int i = 0; i < kBlockColumns / 2; ++i) first += bits[i], second += bits[kBlockColumns / 2 + i];
   const float scale = largest / kLargest;
@@ -74,36 +88,44 @@ constexpr int kSignedZero = 0;  // Instructions there take signed codes.
 constexpr int kSignedZero = 128;  // Elsewhere they take unsigned ones: signed codes are raised by this number.
 #endif
 
-// Adds products of codes and four digits, which are the same for all lanes. Narrow codes are below 64.
-template <bool kNarrow>
-Integers Dot(Integers sum, Bytes codes, const int8_t* four) {
+#if defined(DEX_JAX_DOT_OF_BYTES)
+// Adds products of codes and four digits, which are the same for all lanes.
+inline Integers Dot(Integers sum, Bytes codes, const int8_t* four) {
   int32_t word;
   std::memcpy(&word, four, sizeof(word));
 #if defined(__AVX512VNNI__)
   return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(word));
-#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+#elif defined(__AVXVNNI__)
   return (Integers)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, _mm256_set1_epi32(word));
-#elif defined(__AVX2__) && !defined(__AVX512F__)
-  const __m256i own = (__m256i)codes, digits = _mm256_set1_epi32(word);
-  if constexpr (kNarrow)
-    return sum + (Integers)_mm256_madd_epi16(_mm256_maddubs_epi16(own, digits), _mm256_set1_epi16(1));
-  // Two products of 8 bits do not fit into 16.
-  const __m256i even = _mm256_and_si256(own, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(own, 8);
-  return sum + (Integers)_mm256_madd_epi16(even, _mm256_srai_epi16(_mm256_slli_epi16(digits, 8), 8)) +
-         (Integers)_mm256_madd_epi16(odd, _mm256_srai_epi16(digits, 8));
-#elif defined(__ARM_FEATURE_DOTPROD)
+#else
   int32x4_t sums[kLanes / 4];
   int8x16_t own[kLanes / 4];
   std::memcpy(sums, &sum, sizeof(sum)), std::memcpy(own, &codes, sizeof(codes));
   for (int i = 0; i < kLanes / 4; ++i) sums[i] = vdotq_s32(sums[i], own[i], vreinterpretq_s8_s32(vdupq_n_s32(word)));
   std::memcpy(&sum, sums, sizeof(sum));
   return sum;
-#else
-  for (int lane = 0; lane < kLanes; ++lane)
-    for (int i = 0; i < 4; ++i) sum[lane] += codes[4 * lane + i] * four[i];
-  return sum;
 #endif
 }
+#else
+// The codes of two columns for the output of each lane.
+typedef int16_t Pairs __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(4 * kLanes)));
+
+// Adds products of codes and two numbers, which are the same for all lanes.
+inline Integers Dot(Integers sum, Pairs codes, const int16_t* two) {
+#if defined(__AVX2__)
+  int32_t word;
+  std::memcpy(&word, two, sizeof(word));
+#if defined(__AVX512BW__)
+  return sum + (Integers)_mm512_madd_epi16((__m512i)codes, _mm512_set1_epi32(word));
+#elif !defined(__AVX512F__)
+  return sum + (Integers)_mm256_madd_epi16((__m256i)codes, _mm256_set1_epi32(word));
+#endif
+#endif
+  for (int lane = 0; lane < kLanes; ++lane) sum[lane] += codes[2 * lane] * two[0] + codes[2 * lane + 1] * two[1];
+  return sum;
+}
+#endif
 
 // Returns a float16 as float32. It is done by hand where there is no instruction: XLA's threads take subnormal numbers for
 // zeros, and small scales are such.
@@ -170,12 +192,12 @@ inline Vector Fused(Vector a, Vector b, Vector c) {
 
 inline Vector Float(Integers numbers) { return __builtin_convertvector(numbers, Vector); }
 
-// The formats: columns, words and halves of a tile; the width of codes, and the code that stands for 0.
+// The formats: columns, words and halves of a tile; and the code that stands for 0.
 
 // In Q4_0 and Q4_1 the first 16 columns have the low codes of 16 bytes, the others the high ones.
 struct Q4_0 {
   static constexpr int kColumns = 32, kTileWords = 4, kHalves = 1, kZero = 8;
-  static constexpr bool kNarrow = true, kLeast = false, kTwo = false;
+  static constexpr bool kLeast = false, kTwo = false;
   static void Read(const Tile& tile, int, Part& part) {
     part.Nibbles(tile, 0, 4, true, true);
     part.scale = tile.Half(0);
@@ -205,7 +227,6 @@ struct Q5_0 : Q4_0 {
 
 struct Q8_0 : Q4_0 {
   static constexpr int kTileWords = 8, kZero = kSignedZero;
-  static constexpr bool kNarrow = false;
   static void Read(const Tile& tile, int, Part& part) {
     for (int i = 0; i < kWords; ++i) part.codes[i] = tile.Word(i) ^ static_cast<uint8_t>(kSignedZero);
     part.scale = tile.Half(0);
@@ -250,7 +271,7 @@ struct Q5_K : Q4_K {
   static void Read(const Tile& tile, int p, Part& part) {
     Scales(tile, p, part);
     part.Nibbles(tile, 11 + p / 2 * 8, 8, p % 2 == 0, p % 2 == 1);
-    for (int i = 0; i < kWords; ++i) part.codes[i] |= (tile.Word(3 + i) >> p & 1) << 4;
+    for (int i = 0; i < kWords; ++i) part.codes[i] |= (Bytes)((tile.Int(3 + i) >> p & 0x01010101) << 4);
   }
 };
 
@@ -262,7 +283,7 @@ struct Q6_K : Q4_0 {
   static void Read(const Tile& tile, int p, Part& part) {
     const int of_128 = p / 4, quarter = p % 4;
     part.Nibbles(tile, of_128 * 16 + quarter % 2 * 8, 8, quarter < 2, quarter >= 2);
-    for (int i = 0; i < kWords; ++i) part.codes[i] |= (tile.Word(32 + of_128 * 8 + i) >> 2 * quarter & 3) << 4;
+    for (int i = 0; i < kWords; ++i) part.codes[i] |= (Bytes)((tile.Int(32 + of_128 * 8 + i) >> 2 * quarter & 0x03030303) << 4);
     const Integers scales = tile.Int(48 + p / 2) << (16 - p % 2 * 16);
     part.scale = Float(scales << 8 >> 24) * tile.Half(0);
     part.second = Float(scales >> 24) * tile.Half(0);
@@ -275,6 +296,58 @@ struct Rows {
   const About* about;
   int64_t blocks;
 };
+
+// The codes of a part as they are multiplied: `kWide` registers of outputs with `kTogether` rows, whose sums stay in registers.
+#if defined(DEX_JAX_DOT_OF_BYTES)
+constexpr int kWide = 1, kTogether = 1, kUnrolled = kMostRows;
+
+struct Codes {
+  const Part* parts;
+  explicit Codes(const Part* parts) : parts(parts) {}
+
+  // Computes the products of words [kBegin, kEnd) with a block of each of R rows, which lie `blocks` apart.
+  template <int kBegin, int kEnd, int R>
+  __attribute__((always_inline)) void Multiply(const Digits* digits, int64_t blocks, Integers (*sums)[kWide]) const {
+    for (int r = 0; r < R; ++r) {
+      Integers high[2] = {}, low[2] = {};  // sums that do not wait for each other
+#pragma GCC unroll 8
+      for (int i = kBegin; i < kEnd; ++i) {
+        high[i % 2] = Dot(high[i % 2], parts->codes[i], digits[r * blocks].high + 4 * i);
+        low[i % 2] = Dot(low[i % 2], parts->codes[i], digits[r * blocks].low + 4 * i);
+      }
+      sums[r][0] = ((high[0] + high[1]) << 8) + low[0] + low[1];
+    }
+  }
+};
+#else
+// The rows' loop stays one: unrolled, it is too long for the cache of decoded instructions, and 16 rows take twice as long.
+constexpr int kWide = kOutputs / kLanes, kTogether = 2, kUnrolled = 1;
+
+struct Codes {
+  Pairs pairs[2 * kWords][kWide];
+  explicit Codes(const Part* parts) {
+    for (int w = 0; w < kWide; ++w)
+      for (int i = 0; i < kWords; ++i) {
+        pairs[2 * i][w] = (Pairs)parts[w].codes[i] & 255;
+        pairs[2 * i + 1][w] = (Pairs)((Halves)parts[w].codes[i] >> 8);
+      }
+  }
+
+  // Computes the products of words [kBegin, kEnd) with a block of each of R rows, which lie `blocks` apart.
+  template <int kBegin, int kEnd, int R>
+  __attribute__((always_inline)) void Multiply(const Digits* digits, int64_t blocks, Integers (*sums)[kWide]) const {
+    for (int r = 0; r < R; ++r)
+      for (int w = 0; w < kWide; ++w) sums[r][w] = Integers{};
+#pragma GCC unroll 16
+    for (int i = 2 * kBegin; i < 2 * kEnd; ++i)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int w = 0; w < kWide; ++w)
+          sums[r][w] = InRegister(Dot(sums[r][w], pairs[i][w], digits[r * blocks].numbers + 2 * i));
+  }
+};
+#endif
 
 template <typename Format>
 struct Tiles {
@@ -290,52 +363,54 @@ struct Tiles {
   template <int R>
   static void Some(const Rows& rows, int64_t first, int64_t count, const uint8_t* tiles, float* result) {
     for (; count >= R; first += R, count -= R, result += R * kOutputs)
-      for (int lane = 0; lane < kOutputs; lane += kLanes) Add<R>(rows, first, tiles, lane, result + lane);
+      for (int lane = 0; lane < kOutputs; lane += kWide * kLanes) Add<R>(rows, first, tiles, lane, result + lane);
     if constexpr (R > 1) Some<R / 2>(rows, first, count, tiles, result);
   }
 
   template <int R>
   static __attribute__((noinline)) void Add(const Rows& rows, int64_t first, const uint8_t* tiles, int lane, float* result) {
-    Vector totals[R] = {};
+    constexpr int together = R < kTogether ? R : kTogether;
+    Vector totals[R][kWide] = {};
     const Digits* digits = rows.digits + first * rows.blocks;
     const About* about = rows.about + first * rows.blocks;
     for (int64_t block = 0; block < rows.blocks; tiles += kTileBytes) {
       for (int line = 0; line < kTileBytes; line += kLine) __builtin_prefetch(tiles + kAhead + line);
-      const Tile tile{tiles + 4 * lane, tiles + 4 * Format::kTileWords * kOutputs + 2 * lane};
       for (int p = 0; p < kParts; ++p, ++block, ++digits, ++about) {
-        Part part;
-        Format::Read(tile, p, part);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-          totals[r] = Sum(part, digits[r * rows.blocks], about[r * rows.blocks], totals[r]);
+        Part parts[kWide];
+        for (int w = 0; w < kWide; ++w) {
+          const int at = lane + w * kLanes;
+          Format::Read({tiles + 4 * at, tiles + 4 * Format::kTileWords * kOutputs + 2 * at}, p, parts[w]);
+        }
+        const Codes codes(parts);
+#pragma GCC unroll kUnrolled
+        for (int r = 0; r < R; r += together)
+          Sum<together>(parts, codes, digits + r * rows.blocks, about + r * rows.blocks, rows.blocks, totals + r);
       }
     }
-    for (int r = 0; r < R; ++r) std::memcpy(result + r * kOutputs, &totals[r], sizeof(Vector));
+    for (int r = 0; r < R; ++r) std::memcpy(result + r * kOutputs, totals[r], sizeof(totals[r]));
   }
 
-  static __attribute__((always_inline)) Vector Sum(const Part& part, const Digits& digits, const About& about, Vector total) {
+  // Adds the products of a part with a block of each of R rows to the rows' totals.
+  template <int R>
+  static __attribute__((always_inline)) void Sum(const Part* parts, const Codes& codes, const Digits* digits,
+                                                 const About* about, int64_t blocks, Vector (*totals)[kWide]) {
     constexpr int half = kWords / 2;
-    if constexpr (Format::kTwo) {
-      const Integers first = Whole<0, half>(part, digits) - Format::kZero * about.first;
-      const Integers second = Whole<half, kWords>(part, digits) - Format::kZero * about.second;
-      total = Fused(Float(first) * about.scale, part.scale, total);
-      return Fused(Float(second) * about.scale, part.second, total);
-    }
-    Integers whole = Whole<0, kWords>(part, digits);
-    if (Format::kZero != 0) whole -= Format::kZero * (about.first + about.second);
-    total = Fused(Float(whole) * about.scale, part.scale, total);
-    return Format::kLeast ? Fused(part.least, Vector{} + about.sum, total) : total;
-  }
-
-  template <int kBegin, int kEnd>
-  static __attribute__((always_inline)) Integers Whole(const Part& part, const Digits& digits) {
-    Integers high[2] = {}, low[2] = {};  // sums that do not wait for each other
-#pragma GCC unroll 8
-    for (int i = kBegin; i < kEnd; ++i) {
-      high[i % 2] = Dot<Format::kNarrow>(high[i % 2], part.codes[i], digits.high + 4 * i);
-      low[i % 2] = Dot<Format::kNarrow>(low[i % 2], part.codes[i], digits.low + 4 * i);
-    }
-    return ((high[0] + high[1]) << 8) + low[0] + low[1];
+    Integers first[R][kWide], second[R][kWide];
+    codes.template Multiply<0, Format::kTwo ? half : kWords, R>(digits, blocks, first);
+    if (Format::kTwo) codes.template Multiply<half, kWords, R>(digits, blocks, second);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int w = 0; w < kWide; ++w) {
+        const About& own = about[r * blocks];
+        const Part& part = parts[w];
+        Integers whole = first[r][w];
+        if (Format::kZero != 0) whole -= Format::kZero * (Format::kTwo ? own.first : own.first + own.second);
+        Vector& total = totals[r][w];
+        total = Fused(Float(whole) * own.scale, part.scale, total);
+        if (Format::kTwo) total = Fused(Float(second[r][w] - Format::kZero * own.second) * own.scale, part.second, total);
+        if (Format::kLeast) total = Fused(part.least, Vector{} + own.sum, total);
+      }
   }
 };
 

@@ -53,8 +53,9 @@ inline Vector MultiplyAdd(Vector a, Vector b, Vector c) {
 #endif
 }
 
-// Returns x, which the compiler then keeps in a register: it would load it anew for every product otherwise.
-inline Vector InRegister(Vector x) {
+// Returns x, which the compiler then keeps in a register: it would load it anew for every product, or store it, otherwise.
+template <typename Register>
+Register InRegister(Register x) {
 #if defined(__AVX__)
   asm("" : "+v"(x));
 #endif
