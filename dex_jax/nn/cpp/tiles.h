@@ -39,14 +39,25 @@ constexpr float kLargest = 127 * 256;
 struct alignas(64) Digits {
 #if defined(DEX_JAX_DOT_OF_BYTES)
   int8_t high[kBlockColumns], low[kBlockColumns];
-  void Set(int i, int32_t number) {
-    low[i] = static_cast<int8_t>(number), high[i] = static_cast<int8_t>((number + 128) >> 8);
+
+  void Set(const int32_t* from) {
+    for (int i = 0; i < kBlockColumns; ++i) low[i] = static_cast<int8_t>(from[i]);
+    for (int i = 0; i < kBlockColumns; ++i) high[i] = static_cast<int8_t>((from[i] + 128) >> 8);
   }
 #else
   int16_t numbers[kBlockColumns];
-  void Set(int i, int32_t number) { numbers[(i & ~3) + (i >> 1 & 1) + 2 * (i & 1)] = static_cast<int16_t>(number); }
+
+  void Set(const int32_t* from) {
+    uint64_t fours[kWords];
+    for (int i = 0; i < kBlockColumns; ++i) numbers[i] = static_cast<int16_t>(from[i]);
+    std::memcpy(fours, numbers, sizeof(fours));
+    for (uint64_t& four : fours)  // swaps the two in the middle
+      four = (four & 0xffff00000000ffff) | (four >> 16 & 0xffff0000) | (four & 0xffff0000) << 16;
+    std::memcpy(numbers, fours, sizeof(fours));
+  }
 #endif
 };
+
 struct About {
   float scale, sum;       // the sum of what the numbers stand for
   int32_t first, second;  // the sums of 16 numbers each
@@ -55,7 +66,11 @@ struct About {
 // Rounds `count` numbers of a row, padded with 0 to 32. A block that is not finite becomes NaN.
 inline void Round(const float* row, int64_t count, Digits* digits, About* about) {
   int32_t bits[kBlockColumns] = {};
-  std::memcpy(bits, row, std::min<int64_t>(count, kBlockColumns) * sizeof(float));
+  if (count >= kBlockColumns) {
+    std::memcpy(bits, row, sizeof(bits));  // of a fixed size, which is no call
+  } else {
+    std::memcpy(bits, row, count * sizeof(float));
+  }
   int32_t most = 0;
   for (int i = 0; i < kBlockColumns; ++i) most = std::max(most, bits[i] & 0x7fffffff);
   float largest, block[kBlockColumns];
@@ -72,7 +87,7 @@ inline void Round(const float* row, int64_t count, Digits* digits, About* about)
   for (int i = 0; i < kBlockColumns; ++i) block[i] = block[i] * inverse + 12582912.0f;
   std::memcpy(bits, block, sizeof(bits));
   for (int i = 0; i < kBlockColumns; ++i) bits[i] -= 0x4b400000;
-  for (int i = 0; i < kBlockColumns; ++i) digits->Set(i, bits[i]);
+  digits->Set(bits);
   int32_t first = 0, second = 0;
   for (int i = 0; i < kBlockColumns / 2; ++i) first += bits[i], second += bits[kBlockColumns / 2 + i];
   const float scale = largest / kLargest;
