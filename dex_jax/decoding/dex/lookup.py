@@ -44,12 +44,14 @@ def continuation(text: jax.Array, length: jax.Array, count: int) -> tuple[jax.Ar
     at = jnp.arange(size)
     last = length - 1
 
-    # Shifts are static: a loop over them would cost more than the comparisons.
-    same = [(jnp.roll(text, i) == text[jnp.maximum(last - i, 0)]) & (at >= i) & (last >= i) for i in range(COMPARED)]
+    back = jnp.arange(COMPARED)
+    suffix = jnp.where(last >= back, text[jnp.maximum(last - back, 0)], NO_TOKEN - 1)
+    # Slices at static places are one operation together with the comparisons; sixteen rolls would be thirty.
+    padded = jnp.pad(text, (COMPARED - 1, 0), constant_values=NO_TOKEN)
     going = at < last
     matched = jnp.zeros(size, jnp.int32)
-    for each in same:
-        going &= each
+    for i in range(COMPARED):
+        going &= padded[COMPARED - 1 - i :][:size] == suffix[i]
         matched += going
     best = jnp.max(matched)
     end = jnp.max(jnp.where(matched == best, at, -1))

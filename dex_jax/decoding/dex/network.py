@@ -88,8 +88,8 @@ def tree_network(
     size = model.config.width
 
     def embed(tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        embedded = model.embed_tokens(jnp.maximum(tokens, 0))
-        return jnp.pad(embedded, ((0, 0), (0, 0), (0, len(reads) * size)))
+        # `advance` embeds the rows in use alone.
+        return jnp.zeros((*tokens.shape, (1 + len(reads)) * size), model.dtype)
 
     def advance(memory: Memory, hidden: jax.Array, view: StageView) -> tuple[jax.Array, Memory]:
         rows = hidden.shape[2]
@@ -99,7 +99,7 @@ def tree_network(
             if width == 0:
                 return hidden[0], memory.lattice_keys, memory.lattice_values
             position, seen = view.position[0, :, :width], among[:, :width, :width]
-            entered = hidden[0, :, :width, :size]
+            entered = model.embed_tokens(jnp.maximum(view.token[0, :, :width], 0)).astype(hidden.dtype)
             x, (keys, values) = run_tree(model, memory, entered, position, seen, view.prefix, reads)
             return fill(x, 1, rows), fill(keys, 3, rows), fill(values, 3, rows)
 
