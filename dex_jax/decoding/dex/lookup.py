@@ -44,7 +44,7 @@ def continuation(text: jax.Array, length: jax.Array, count: int) -> tuple[jax.Ar
     at = jnp.arange(size)
     last = length - 1
 
-    back = jnp.arange(COMPARED)
+    back = jnp.arange(LONGEST)
     suffix = jnp.where(last >= back, text[jnp.maximum(last - back, 0)], NO_TOKEN - 1)
     # Slices at static places are one operation together with the comparisons; sixteen rolls would be thirty.
     padded = jnp.pad(text, (COMPARED - 1, 0), constant_values=NO_TOKEN)
@@ -57,7 +57,5 @@ def continuation(text: jax.Array, length: jax.Array, count: int) -> tuple[jax.Ar
     end = jnp.max(jnp.where(matched == best, at, -1))
     period = jnp.maximum(last - end, 1)
     said = text[jnp.clip(end + 1 + jnp.arange(count) % period, 0, size - 1)]
-    back = jnp.arange(LONGEST)
-    inside = (end >= back) & (last >= back)
-    agree = text[jnp.maximum(last - back, 0)] == text[jnp.maximum(end - back, 0)]
-    return said, jnp.where(best > 0, jnp.min(jnp.where(agree & inside, LONGEST, back)), 0)
+    agree = (end >= back) & (suffix == text[jnp.maximum(end - back, 0)])
+    return said, jnp.where(best > 0, jnp.min(jnp.where(agree, LONGEST, back)), 0)

@@ -88,7 +88,7 @@ def tree_network(
     size = model.config.width
 
     def embed(tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        # `advance` embeds the rows in use alone.
+        # `advance` knows which rows are in use, and to gather all of them takes longer than a tick's other small work.
         return jnp.zeros((*tokens.shape, (1 + len(reads)) * size), model.dtype)
 
     def advance(memory: Memory, hidden: jax.Array, view: StageView) -> tuple[jax.Array, Memory]:

@@ -412,7 +412,7 @@ struct Tiles {
     constexpr int half = kWords / 2;
     Integers first[R][kWide], second[R][kWide];
     codes.template Multiply<0, Format::kTwo ? half : kWords, R>(digits, blocks, first);
-    if (Format::kTwo) codes.template Multiply<half, kWords, R>(digits, blocks, second);
+    if constexpr (Format::kTwo) codes.template Multiply<half, kWords, R>(digits, blocks, second);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
