@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dex_jax.config import ExitsConfig
 
-smollm2 = runpy.run_path(str(Path(__file__).with_name("smollm2_135m.py")))["first"]
+smollm2 = runpy.run_path(str(Path(__file__).with_name("smollm2_135m.py")))["config"]
 
 config = dataclasses.replace(
     smollm2,

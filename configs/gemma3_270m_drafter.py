@@ -11,7 +11,7 @@ from pathlib import Path
 from dex_jax.config import ExitsConfig
 from dex_jax.training.distillation import DistillationOptions
 
-smollm2 = runpy.run_path(str(Path(__file__).with_name("smollm2_135m.py")))["first"]
+smollm2 = runpy.run_path(str(Path(__file__).with_name("smollm2_135m.py")))["config"]
 
 config = dataclasses.replace(
     smollm2,

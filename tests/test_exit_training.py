@@ -87,7 +87,7 @@ def test_a_run_that_broke_off_goes_on_to_the_same_exits(whole, tmp_path, monkeyp
     monkeypatch.setattr(Distillation, "batch", breaking)
     with pytest.raises(RuntimeError, match="broken off"):
         train_exits(CONFIG, base_model(), tmp_path, tell=quiet)
-    assert not (tmp_path / "exits.safetensors").exists()
+    assert load_exits(tmp_path).metadata["steps"] == 4, "the exits of the newest checkpoint can be used"
     exits = train_exits(CONFIG, base_model(), tmp_path, tell=quiet)
     assert "Resuming from step" in capfd.readouterr().err
     for found in (exits, load_exits(tmp_path)):
@@ -116,20 +116,6 @@ def test_a_run_starts_from_some_of_the_given_exits_and_warns_of_another_backbone
     assert exits.metadata["held_out"] == {}
     (warning,) = (line for line in told if line.startswith("warning: "))
     assert "another" in warning
-
-
-@pytest.mark.slow
-def test_a_first_training_comes_before_and_its_heads_go_on_with_more_tokens(whole, tmp_path) -> None:
-    """A run that is killed anywhere can go on, as each of the two trainings has a folder that can resume."""
-    before = dataclasses.replace(CONFIG, evaluation_texts=0)
-    train = dataclasses.replace(CONFIG.train, steps=1, learning_rate=1e-9)
-    config = dataclasses.replace(before, train=train, exits=dataclasses.replace(EXITS, draft_size=30), first=before)
-    exits = train_exits(config, base_model(), tmp_path, tell=quiet)
-    first = load_exits(tmp_path / "first")
-    chex.assert_trees_all_equal(dict(first.parameters), whole.exits.parameters)
-    assert largest_change(exits, first.parameters) < 1e-6
-    assert (len(first.vocabulary), len(exits.vocabulary)) == (24, 30)
-    assert load_exits(tmp_path).metadata["before"]["tokens"] == first.metadata["tokens"]
 
 
 @pytest.mark.slow
@@ -164,8 +150,6 @@ def test_exits_that_cannot_be_trained_are_refused_before_any_data_is_read(tmp_pa
         train_exits(config, base_model(), tmp_path / "new", initial=initial, tell=told.append)
     assert not told
     assert not (tmp_path / "new").exists()
-    with pytest.raises(DexError, match="kind is linear there and attn here"):
-        dataclasses.replace(CONFIG, first=dataclasses.replace(CONFIG, exits=dataclasses.replace(EXITS, kind="linear")))
 
 
 def test_held_out_texts_are_prompts_with_answers(tmp_path) -> None:

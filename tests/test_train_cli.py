@@ -91,12 +91,6 @@ def test_export_is_small_and_decodes_to_the_same_text(capsys, trained, place) ->
     code, out, _ = run(capsys, "export", trained, small)
     assert code == 0
     assert out.startswith(f"{small}: {small.stat().st_size / 1e6:.2f} MB, int8, linear exits at depths 1, 2")
-    early = run(capsys, "export", trained, place / "early.safetensors", "--step", "2")
-    assert early[0] == 0, early[2]
-    assert load_exits(place / "early.safetensors").metadata["steps"] == 2
-    code, _, err = run(capsys, "export", trained, place / "none.safetensors", "--step", "3")
-    assert code == 2
-    assert "no checkpoint of step 3; kept are: 2, 4" in err
     assert run(capsys, "export", trained, large, "--float32")[0] == 0
     assert small.stat().st_size < 0.4 * large.stat().st_size
     exact, rounded, whole = load_exits(trained), load_exits(small), load_exits(large)
@@ -137,20 +131,6 @@ def test_flags_change_the_configuration(place) -> None:
     assert folder_of(args) == Path("runs/exits")
 
 
-def test_flags_and_a_first_training(place, tmp_path) -> None:
-    """Model, data and batch apply to both trainings, --steps to the last one; --init-from replaces the first."""
-    file = tmp_path / "two.py"
-    file.write_text(
-        (place / "exits.py").read_text() + "\nimport dataclasses\nconfig = dataclasses.replace(config, first=config)\n"
-    )
-    flags = ["--config", str(file), "--data", "self", "--batch", "6", "--steps", "9"]
-    config = configured(train_parser().parse_args(flags))
-    assert config.first.data == config.data == ("self",)
-    assert (config.first.train.batch, config.train.batch) == (6, 6)
-    assert (config.first.train.steps, config.train.steps) == (4, 9)
-    assert configured(train_parser().parse_args([*flags, "--init-from", "x"])).first is None
-
-
 @pytest.mark.parametrize("file", CONFIGURATIONS, ids=lambda file: file.stem)
 def test_configurations_of_the_repository_are_read(file) -> None:
     args = train_parser().parse_args(["--config", str(file)])
@@ -167,7 +147,7 @@ CASES = {
     "--config {place}/exits.py --init-from {place}/none": "no exits",
     "--config {place}/exits.py --init-from default": "--init-from",
     "export {place}/none {place}/x.safetensors": "no folder",
-    "export {place} {place}/x.safetensors": "no checkpoint",
+    "export {place} {place}/x.safetensors": "holds no exits yet",
     "evaluate --exits default --model {place}/model --data x.txt": "no trained exits",
 }
 """Arguments, and a word of the sentence that refuses them."""

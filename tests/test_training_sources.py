@@ -149,7 +149,7 @@ class Counting:
 
 
 def test_a_mixture_keeps_its_shares_and_uses_every_item_of_a_source_in_order() -> None:
-    mixture = Mixture([Counting("a"), Counting("b"), Counting("c")], [1.0, 0.3, 0.0001], seed=2)
+    mixture = Mixture([Counting("a"), Counting("b"), Counting("c")], [1.0, 0.3, 0.005], seed=2)
     items = [mixture.item(number) for number in range(4 * BLOCK)]
     for name in "abc":
         assert [number for source, number in items if source == name] == list(range(sum(s == name for s, _ in items)))
@@ -157,8 +157,9 @@ def test_a_mixture_keeps_its_shares_and_uses_every_item_of_a_source_in_order() -
     assert counts["c"] == 4
     assert counts["b"] / counts["a"] == pytest.approx(0.3, abs=0.02)
     assert [mixture.item(number) for number in reversed(range(4 * BLOCK))] == items[::-1]
-    assert items[:BLOCK] != items[BLOCK : 2 * BLOCK]
     assert [Mixture([Counting("a")], [5.0]).item(number)[1] for number in range(600)] == list(range(600))
+    with pytest.raises(DexError, match="b is less than 1/256 of the data"):
+        Mixture([Counting("a"), Counting("b")], [1.0, 0.001])
 
 
 def test_a_mixtures_fingerprint_is_of_data_shares_and_seed(tmp_path: Path, smol) -> None:
@@ -185,7 +186,7 @@ def test_parse_data() -> None:
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        ([], "takes 1 to"),
+        ([], "takes sources"),
         (["self=0"], "above 0"),
         (["self", "self=2"], "self is given twice"),
         (["slef"], '"slef" is not understood'),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dex_jax.cli.common import DEFAULT_MODEL, program
@@ -53,10 +52,7 @@ def _train(args: argparse.Namespace) -> None:
     from dex_jax.language_model import load
     from dex_jax.training.exit_training import train_exits
 
-    stages = [config]
-    while (before := stages[-1].first) is not None:
-        stages.append(before)
-    folder, mesh = folder_of(args), _mesh(args.devices, [each.train.batch for each in stages])
+    folder, mesh = folder_of(args), _mesh(args.devices, config.train.batch)
     initial = None if args.init_from is None else _exits_to_start_from(args.init_from, config)
     lm, tell = load(config.model, config.train.dtype), functools.partial(print, flush=True)
     train_exits(config, lm, folder, mesh=mesh, initial=initial, answers=args.answers, tell=tell)
@@ -69,7 +65,7 @@ def _train_timed(args: argparse.Namespace) -> None:
         from dex_jax.language_model import load
         from dex_jax.training import timed
 
-        mesh, lm = _mesh(args.devices, [args.batch or args.devices]), load(args.model or DEFAULT_MODEL, args.dtype)
+        mesh, lm = _mesh(args.devices, args.batch or args.devices), load(args.model or DEFAULT_MODEL, args.dtype)
     folder, tell = folder_of(args), functools.partial(print, flush=True)
     asked = {name: getattr(args, name) for name in ("batch", "learning_rate", "seed", "dtype")}
     given = {name: value for name, value in asked.items() if value is not None}
@@ -111,13 +107,10 @@ def _exits_to_start_from(name: str, config: ExitTraining) -> TrainedExits:
     return shipped
 
 
-def _mesh(devices: int, batches: Sequence[int]) -> Any:
+def _mesh(devices: int, batch: int) -> Any:
     """Return a mesh of so many devices, None for one; raise DexError if they cannot share a batch or are not there."""
-    for batch in batches:
-        if batch % devices:
-            raise DexError(
-                f"--devices {devices} cannot share a batch of {batch} rows: choose a --batch that they divide"
-            )
+    if batch % devices:
+        raise DexError(f"--devices {devices} cannot share a batch of {batch} rows: choose a --batch that they divide")
     if devices == 1:
         return None
     import jax

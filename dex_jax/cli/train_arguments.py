@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import runpy
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,8 @@ from dex_jax.progress import notify
 if TYPE_CHECKING:
     from dex_jax.training.exit_training import ExitTraining
 
-OF_EVERY_TRAINING = ("batch", "dtype")
-OF_THE_LAST_TRAINING = ("steps", "minutes", "learning_rate", "seed")
-"""Settings of `TrainConfig` that flags change, in all trainings and in the last one only."""
+SETTINGS = ("steps", "minutes", "batch", "learning_rate", "seed", "dtype")
+"""Fields of `TrainConfig` that flags change."""
 
 TRAIN_EPILOG = """\
 further commands, each with --help:
@@ -80,7 +78,7 @@ def train_parser() -> argparse.ArgumentParser:
     )
     add("--batch", type=int, metavar="B", help="rows of a batch")
     add("--learning-rate", type=float, metavar="R", help="its peak")
-    add("--seed", type=int, help="of parameters, order of data and dropout")
+    add("--seed", type=int, help="of parameters, the order of texts and what is sampled")
     add("--devices", type=whole(1, 2**16), default=1, metavar="N", help="to spread the rows of a batch over (1)")
     return p
 
@@ -89,12 +87,11 @@ def export_parser() -> argparse.ArgumentParser:
     """Return the parser of `train_exits.py export`."""
     p = argparse.ArgumentParser(
         prog=program("train_exits.py") + " export",
-        description=f"Write a run's exits to one file, for {program('decode.py')} --exits. Of a run that has not "
-        "ended, the newest checkpoint is taken.",
+        description=f"Write a run's exits to one file, for {program('decode.py')} --exits. Those of a run that "
+        "has not ended are from its newest checkpoint.",
     )
     p.add_argument("folder", metavar="FOLDER", help="of the run")
     p.add_argument("output", metavar="OUT.safetensors")
-    p.add_argument("--step", type=int, metavar="N", help="of the checkpoint after N updates, if it is kept")
     p.add_argument(
         "--float32", action="store_true", help="full precision; otherwise 8-bit matrices, a quarter as large"
     )
@@ -144,22 +141,14 @@ def read_config(path: str) -> ExitTraining:
 
 def configured(args: argparse.Namespace) -> ExitTraining:
     """Return the configuration of --config with the changes of flags; raise DexError where they do not fit."""
-    config = read_config(args.config)
-    return _configured(config, args, (*OF_EVERY_TRAINING, *OF_THE_LAST_TRAINING))
 
-
-def _configured(config: ExitTraining, args: argparse.Namespace, names: Sequence[str]) -> ExitTraining:
     def given(*names: str) -> dict[str, Any]:
         return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
-    changes = given("model") | {"train": dataclasses.replace(config.train, **given(*names))}
+    config = read_config(args.config)
+    changes = given("model", "tokens") | {"train": dataclasses.replace(config.train, **given(*SETTINGS))}
     if args.data is not None:
         changes["data"] = tuple(args.data)
-    if args.tokens is not None:
-        changes["tokens"] = args.tokens
-    if config.first is not None:
-        # The exits of --init-from take the place of a first training.
-        changes["first"] = None if args.init_from is not None else _configured(config.first, args, OF_EVERY_TRAINING)
     return dataclasses.replace(config, **changes)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,42 +23,13 @@ def export(args: argparse.Namespace) -> None:
     check_exits_path(output)
     if not folder.is_dir():
         raise DexError(f"there is no folder {folder}: give the one of a training, such as runs/smollm2_135m")
-    ended = args.step is None and (folder / FILE_NAME).is_file()
-    exits = load_exits(folder) if ended else exits_of_checkpoint(folder, args.step)
+    if not (folder / FILE_NAME).is_file():
+        raise DexError(f"{folder} holds no exits yet: they are there from the first checkpoint on")
+    exits = load_exits(folder)
     save_exits(output, exits, int8=not args.float32)
     form = "float32" if args.float32 else "int8"
     depths = ", ".join(map(str, exits.config.depths))
     print(f"{output}: {output.stat().st_size / 1e6:.2f} MB, {form}, {exits.config.kind} exits at depths {depths}")
-
-
-def exits_of_checkpoint(folder: Path, step: int | None = None) -> TrainedExits:
-    """Return the exits of the checkpoint after `step` updates, or of the newest; raise DexError if there are none."""
-    import jax.numpy as jnp
-    import numpy as np
-    from flax import nnx
-
-    from dex_jax.config import ExitsConfig
-    from dex_jax.io.exits_file import TrainedExits
-    from dex_jax.nn.exits import abstract_parameters, exit_graph, parameters_of
-    from dex_jax.training.checkpoints import Record, read_checkpoint
-
-    def config_of(record: Record) -> ExitsConfig:
-        if record["task"] != "exits":
-            raise DexError(f"{folder} holds a training of {record['task']}, which has no exits: name another folder")
-        fields = record["settings"]["exits"]
-        return ExitsConfig(**(fields | {"depths": tuple(fields["depths"])}))
-
-    shapes = lambda record: abstract_parameters(config_of(record), jnp.float32)  # noqa: E731
-    record, params = read_checkpoint(folder, step, shapes)
-    config, vocabulary = config_of(record), None
-    if config.draft_size is not None:
-        file = folder / "draft_vocabulary.json"
-        if not file.is_file():
-            raise DexError(f"{file} is missing, without which the exits mean nothing: let the training end")
-        vocabulary = np.asarray(json.loads(file.read_text()), np.int32)
-    parameters = parameters_of(nnx.merge(exit_graph(config), params))
-    about = {"tokens": record["tokens"], "steps": record["step"], "unfinished": step is None}
-    return TrainedExits(config, parameters, vocabulary, record["fingerprint"], about, str(folder))
 
 
 def evaluate(args: argparse.Namespace) -> None:

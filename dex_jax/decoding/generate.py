@@ -96,8 +96,8 @@ def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any
             record = session.advance(request.ticks_per_update)
         output = _output(session, stops, record, times)
         yield output
-    if len(session.lengths) * session.cache_length > SMALL_CACHE:
-        del session  # otherwise the process keeps the memory of long texts, or of many
+    if times["compile"] or len(session.lengths) * session.cache_length > SMALL_CACHE:
+        del session  # otherwise the process keeps the memory of compilers, of long texts, or of many
         return_free_memory()
 
 

@@ -238,8 +238,3 @@ def parameters_of(heads: ExitHeads) -> dict[str, np.ndarray]:
 def exit_graph(config: ExitsConfig) -> Any:
     """Return the nnx graph definition of the heads, without any array."""
     return nnx.split(nnx.eval_shape(lambda: ExitHeads(config, lambda name, shape, kind: jnp.zeros(shape))))[0]
-
-
-def abstract_parameters(config: ExitsConfig, dtype: jnp.dtype) -> Any:
-    """Return the shapes of the heads' parameters as jax.ShapeDtypeStruct."""
-    return nnx.state(nnx.eval_shape(lambda: ExitHeads(config, lambda name, shape, kind: jnp.zeros(shape, dtype))))

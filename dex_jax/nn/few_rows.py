@@ -116,13 +116,15 @@ def in_cpp(cpp: Callable[..., Any], plain: Callable[..., Any], *operands: jax.Ar
         return plain(*operands)
     wanted = jax.eval_shape(plain, *operands)
 
-    @jax.custom_jvp
-    def run(*operands: jax.Array) -> Any:
+    def rounded(*operands: jax.Array) -> Any:
         return jax.tree.map(_rounded, cpp(*(x.astype(jnp.float32) for x in operands)), wanted)
 
+    run = jax.custom_jvp(rounded)
+
+    # With `run` in here JAX would never forget what it traced of it: its cache holds a function that holds the key.
     @run.defjvp
     def tangent(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[Any, Any]:
-        return run(*primals), jax.jvp(plain, primals, tangents)[1]
+        return rounded(*primals), jax.jvp(plain, primals, tangents)[1]
 
     return jax.lax.platform_dependent(*operands, cpu=run, default=plain)
 

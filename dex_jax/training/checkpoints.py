@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,18 +81,6 @@ class Checkpoints:
         except Exception as error:
             why = f"checkpoints cannot be written to {self.folder} ({reason(error)})"
             raise DexError(f"{why}: what was written is kept, so mend that and run the same command again") from error
-
-
-def read_checkpoint(folder: Path, step: int | None, shapes: Callable[[Record], Any]) -> tuple[Record, Any]:
-    """Return (record, parameters of the shapes for it) of the checkpoint after `step` updates, or of the newest."""
-    manager = ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(create=False))
-    steps = sorted(manager.all_steps())
-    if not steps or step not in (None, *steps):
-        which = "" if step is None else f" of step {step}"
-        raise DexError(f"{folder} holds no checkpoint{which}; kept are: {', '.join(map(str, steps)) or 'none'}")
-    step = steps[-1] if step is None else step
-    record = _read(manager, step, "record", ocp.args.JsonRestore())
-    return record, _read(manager, step, "params", ocp.args.StandardRestore(shapes(record)))
 
 
 def _read(manager: ocp.CheckpointManager, step: int | None, item: str, how: Any) -> Any:

@@ -1,7 +1,7 @@
 """One training of exits from its configuration to the exported file.
 
-A run's folder holds its texts, the draft vocabulary, checkpoints, metrics.jsonl and, at the end, exits.safetensors: all
-that the same command needs to go on after a kill.
+A run's folder holds its texts, metrics.jsonl, checkpoints, with which the same command goes on after a kill, and
+exits.safetensors, the exits of the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from dex_jax.training.trainer import Trained, train
 Tell = Callable[[str], None]
 Groups = dict[str, list[PromptAndAnswer]]
 
-HELD_OUT, VOCABULARY, TOKENS = "held_out.json", "draft_vocabulary.json", "tokens.json"
+HELD_OUT, TOKENS = "held_out.json", "tokens.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +57,6 @@ class ExitTraining:
       evaluation_texts: number of held-out answers of each source that exits are measured on.
       evaluation_tokens: the most tokens of each of them.
       train: the optimizer, the batch, the length of the training and its checkpoints.
-      first: a training of the same heads that comes before this one, in the folder "first" within this one's; this one
-        starts from its exits. A smaller draft vocabulary there makes most of the training cheaper.
     """
 
     exits: ExitsConfig
@@ -70,11 +68,6 @@ class ExitTraining:
     options: DistillationOptions = dataclasses.field(default_factory=DistillationOptions)
     evaluation_texts: int = 8
     evaluation_tokens: int = 64
-    first: ExitTraining | None = None
-
-    def __post_init__(self) -> None:
-        if self.first is not None and (changed := _differences(self.first.exits, self.exits)):
-            raise DexError(f"a training cannot go on from the first one: {'; '.join(changed)}")
 
 
 def train_exits(
@@ -103,11 +96,6 @@ def train_exits(
       DexError: data, exits or folder do not fit.
     """
     folder = Path(folder)
-    if config.first is not None:
-        tell("first training")
-        own = None if answers is None else Path(answers) / "first"
-        initial = train_exits(config.first, lm, folder / "first", mesh=mesh, initial=initial, answers=own, tell=tell)
-        tell("next training")
     shapes = dataclasses.replace(config.exits, width=lm.config.width, norm_eps=lm.config.norm_eps)
     if shapes.depths[-1] >= lm.config.num_layers:
         raise DexError(f"exit depths must lie below the model's {lm.config.num_layers} layers, not {shapes.depths}")
@@ -120,9 +108,6 @@ def train_exits(
         vocabulary = None
     elif vocabulary is None or len(vocabulary) != shapes.draft_size:
         vocabulary = draft_vocabulary(lm, made.texts, shapes.draft_size)
-    if vocabulary is not None and not any(path.name.isdigit() for path in folder.glob("*")):
-        # `export` reads it; once there is a checkpoint, it belongs to that.
-        write_json(folder / VOCABULARY, vocabulary.tolist())
     groups = held_out_texts(config, lm, mixture, made.folder / HELD_OUT, tell)
 
     def evaluate(exits: TrainedExits) -> dict[str, Any]:
@@ -134,9 +119,15 @@ def train_exits(
     evaluates = evaluate if groups else None
     task = Distillation(lm, shapes, vocabulary, made.rows, made.about, config.options, evaluates, initial)
     started = time.perf_counter()
-    trained = train(task, config.train, folder, mesh=mesh)
-    exits = task.trained(trained.params, _about(config, initial, trained, folder, time.perf_counter() - started))
-    save_exits(folder / FILE_NAME, exits)
+
+    def save(trained: Trained) -> TrainedExits:
+        about = _about(config, initial, trained, folder, time.perf_counter() - started)
+        exits = task.trained(trained.params, about)
+        save_exits(folder / FILE_NAME, exits)
+        return exits
+
+    # Saved once more at the end: a kill may have come between the last checkpoint and its file.
+    exits = save(train(task, config.train, folder, mesh=mesh, saved=save))
     return dataclasses.replace(exits, source=str(folder))
 
 

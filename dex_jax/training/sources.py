@@ -35,7 +35,7 @@ HELD_OUT_SHARE = 0.02
 _MARK = "dexmarker"
 
 BLOCK = 256
-"""Number of items over which a mixture keeps its shares."""
+"""Number of items over which a mixture keeps its shares; then the same turns begin anew."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class SelfSource:
 
     def item(self, number: int) -> Item:
         """Return the item of one of the starts, drawn with the seed and the number."""
-        return Item(self._scripts[int(_random(self._options, number, "start") * len(self._scripts))])
+        return Item(self._scripts[np.random.default_rng([self._options.seed, number]).integers(len(self._scripts))])
 
     @property
     def held_out(self) -> list[Item]:
@@ -176,27 +176,30 @@ class Mixture:
     `weights` are relative shares, one a source; `seed` decides the order in which sources take turns.
 
     Raises:
-      DexError: no sources, equal names, or weights that are missing or not above 0.
+      DexError: no sources, equal names, or weights that are missing, not above 0 or far too small.
     """
 
     def __init__(self, sources: Sequence[SelfSource | ListSource], weights: Sequence[float], seed: int = 0):
-        if not 1 <= len(sources) <= BLOCK or len(weights) != len(sources):
-            raise DexError(f"a mixture takes 1 to {BLOCK} sources with a weight each, not {len(sources)}")
+        if not sources or len(weights) != len(sources):
+            raise DexError(f"a mixture takes sources with a weight each, not {len(sources)} with {len(weights)}")
         if not all(math.isfinite(weight) and weight > 0 for weight in weights):
             raise DexError(f"the weights of data must be above 0, not {', '.join(map(str, weights))}")
         names = [source.name for source in sources]
         if twice := [name for name in names if names.count(name) > 1]:
             raise DexError(f"{twice[0]} is given twice: give it once, with a larger weight")
+        turns = np.searchsorted(np.cumsum(weights) / sum(weights), (np.arange(BLOCK) + 0.5) / BLOCK)
+        self._counts = np.bincount(turns, minlength=len(sources))
+        if not self._counts.all():
+            raise DexError(f"{names[self._counts.argmin()]} is less than 1/{BLOCK} of the data: raise its weight")
         self.sources, self._seed = tuple(sources), seed
-        self._counts = _shares(weights)
-        self._block = functools.lru_cache(maxsize=4)(self._make_block)
+        self._turns = np.random.default_rng(seed).permutation(turns)  # of each block of items, by the source
+        self._ranks = [int(np.sum(self._turns[:i] == source)) for i, source in enumerate(self._turns)]
 
     def item(self, number: int) -> Item:
         """Return the item of a number from 0, the same at every call."""
         block, within = divmod(number, BLOCK)
-        turns, ranks = self._block(block)
-        source = int(turns[within])
-        return self.sources[source].item(block * self._counts[source] + int(ranks[within]))
+        source = self._turns[within]
+        return self.sources[source].item(block * int(self._counts[source]) + self._ranks[within])
 
     @property
     def held_out(self) -> dict[str, list[Item]]:
@@ -205,16 +208,9 @@ class Mixture:
 
     def fingerprint(self) -> str:
         """Return a short hexadecimal digest of the data, their shares and their order."""
-        parts = [(source.name, source.digest, count) for source, count in zip(self.sources, self._counts, strict=True)]
+        shares = zip(self.sources, self._counts.tolist(), strict=True)
+        parts = [(source.name, source.digest, count) for source, count in shares]
         return digest_of(json.dumps([parts, self._seed]))[:16]
-
-    def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        turns = np.repeat(np.arange(len(self._counts)), self._counts)
-        turns = np.random.default_rng([self._seed, block]).permutation(turns)
-        ranks = np.zeros(BLOCK, np.int64)
-        for source in range(len(self._counts)):
-            ranks[turns == source] = np.arange(self._counts[source])
-        return turns, ranks
 
 
 def open_mixture(data: Sequence[str], model: Model, options: SourceOptions, tell: Callable[[str], None]) -> Mixture:
@@ -310,22 +306,6 @@ def _text_script(model: Model, options: SourceOptions) -> tuple[Turn, ...]:
     return (Turn((begins,), options.length - 1, PROMPT_TEMPERATURE, PROMPT_TOP_P),)
 
 
-def _random(options: SourceOptions, number: int, purpose: str) -> float:
-    """Draw a number in [0, 1) that the seed, the item and the purpose decide."""
-    return int(digest_of(f"{options.seed} {number} {purpose}")[:13], 16) / 16**13
-
-
 def digest_of(text: str) -> str:
     """Return the hexadecimal SHA-256 of a text."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _shares(weights: Sequence[float]) -> list[int]:
-    """Return how many of BLOCK items each source gives, at least one: the largest remainders are rounded up."""
-    spare = BLOCK - len(weights)
-    exact = [spare * weight / sum(weights) for weight in weights]
-    counts = [1 + math.floor(share) for share in exact]
-    by_remainder = sorted(range(len(weights)), key=lambda i: math.floor(exact[i]) - exact[i])
-    for i in by_remainder[: BLOCK - sum(counts)]:
-        counts[i] += 1
-    return counts

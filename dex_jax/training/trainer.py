@@ -62,6 +62,7 @@ def train(
     *,
     mesh: Mesh | None = None,
     notify: Notify | None = None,
+    saved: Callable[[Trained], Any] = lambda trained: None,
 ) -> Trained:
     """Train a task to the end, and resume the training that its folder holds.
 
@@ -74,6 +75,7 @@ def train(
       mesh: devices of this process that the rows of a batch are spread over, with the axis "data"; None trains where
         JAX puts arrays. The figures are those of one device up to the order of sums.
       notify: called with lines of text and with a Standing after each step; None shows them on stderr.
+      saved: called at every checkpoint with the results so far.
 
     Raises:
       DexError: the folder holds another training, the loss is no longer finite, or the disk is full.
@@ -84,17 +86,17 @@ def train(
         checkpoints, run = Checkpoints(folder, config.keep), None
         try:
             with checkpoints:
-                run = _Run(task, config, checkpoints, mesh, tell)
+                run = _Run(task, config, checkpoints, mesh, tell, saved)
                 with contextlib.closing(run.journal):
                     while not run.done:
                         run.advance()
-            return Trained(run.state.params, run.step, run.tokens)
+            return run.results
         except KeyboardInterrupt:
             if run is None:
                 raise
             # No checkpoint here: a resumed journal would differ from that of a run that was never stopped.
-            saved = checkpoints.newest
-            where = "nothing was saved yet, so it begins anew" if saved is None else f"it goes on from step {saved}"
+            newest = checkpoints.newest
+            where = "nothing was saved yet, so it begins anew" if newest is None else f"it goes on from step {newest}"
             tell(f"Stopped at step {run.step}. To resume, run the same command again: {where} ({folder}).")
             raise SystemExit(INTERRUPTED) from None
 
@@ -103,9 +105,15 @@ class _Run:
     """The part of a training that one process runs, step by step."""
 
     def __init__(
-        self, task: Distillation, config: TrainConfig, checkpoints: Checkpoints, mesh: Mesh | None, notify: Notify
+        self,
+        task: Distillation,
+        config: TrainConfig,
+        checkpoints: Checkpoints,
+        mesh: Mesh | None,
+        notify: Notify,
+        saved: Callable[[Trained], Any],
     ):
-        self.task, self.config, self.checkpoints, self.notify = task, config, checkpoints, notify
+        self.task, self.config, self.checkpoints, self.notify, self.saved = task, config, checkpoints, notify, saved
         self.step = self.tokens = 0
         self.seconds, self._began = 0.0, time.perf_counter()  # of the processes before this one; when this one began
         record = checkpoints.record()
@@ -130,6 +138,11 @@ class _Run:
         self.loss: float | None = None  # the mean of that line
         self._logged = (time.perf_counter(), self.tokens)
         self._begun: tuple[float, int, float] | None = None
+
+    @property
+    def results(self) -> Trained:
+        """The results so far."""
+        return Trained(self.state.params, self.step, self.tokens)
 
     @property
     def done(self) -> bool:
@@ -219,6 +232,7 @@ class _Run:
             "fingerprint": self.task.fingerprint(),
         }
         self.checkpoints.save(self.state.params, self._rest(), record)
+        self.saved(self.results)
 
     def _restore(self, record: Record) -> None:
         params, rest = self.checkpoints.restore(params=self.state.params, rest=self._rest())
