@@ -108,16 +108,15 @@ def _product(rows: jax.Array, kernel: jax.Array | OneOf, format: str) -> jax.Arr
 
 
 def in_cpp(cpp: Callable[..., Any], plain: Callable[..., Any], *operands: jax.Array) -> Any:
-    """Return plain(*operands); on CPUs `cpp` computes the same in float32 and rounds once to plain's dtypes.
+    """Return plain(*operands); on CPUs `cpp` computes the same in float32 and rounds it once.
 
-    Only operands in float32 or bfloat16 go to `cpp`; derivatives are those of `plain`.
+    Results have the first operand's dtype. Only float32 and bfloat16 go to `cpp`; derivatives are those of `plain`.
     """
     if not {operand.dtype for operand in operands} <= {*DTYPES} or not ready():
         return plain(*operands)
-    wanted = jax.eval_shape(plain, *operands)
-
     def rounded(*operands: jax.Array) -> Any:
-        return jax.tree.map(_rounded, cpp(*(x.astype(jnp.float32) for x in operands)), wanted)
+        exact = cpp(*(x.astype(jnp.float32) for x in operands))
+        return jax.tree.map(lambda x: _rounded(x, operands[0].dtype), exact)
 
     run = jax.custom_jvp(rounded)
 
@@ -129,10 +128,10 @@ def in_cpp(cpp: Callable[..., Any], plain: Callable[..., Any], *operands: jax.Ar
     return jax.lax.platform_dependent(*operands, cpu=run, default=plain)
 
 
-def _rounded(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+def _rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     # XLA leaves out roundings to a narrower dtype and back, in some programs and not in others.
-    info = jnp.finfo(like.dtype)
-    return x if like.dtype == x.dtype else jax.lax.reduce_precision(x, info.nexp, info.nmant).astype(like.dtype)
+    info = jnp.finfo(dtype)
+    return x if dtype == x.dtype else jax.lax.reduce_precision(x, info.nexp, info.nmant).astype(dtype)
 
 
 def few_rows_norm(rows: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
