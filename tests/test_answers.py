@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from hypothesis import given
 from hypothesis import strategies as st
 from reference.greedy import is_greedy
@@ -143,7 +144,7 @@ def test_every_epoch_has_each_text_once_and_any_batch_is_the_same_at_every_call(
         np.testing.assert_array_equal(again.batch(number).token, epochs.batch(number).token)
 
 
-@pytest.mark.parametrize("windows", [(), (LayerKind(window=3), LayerKind())])
+@pytest.mark.parametrize("windows", [slow(()), (LayerKind(window=3), LayerKind())])
 def test_a_text_in_a_row_of_several_has_the_states_that_it_has_alone(windows) -> None:
     lm = small_model(dataclasses.replace(LLAMA, num_layers=2, layer_kinds=windows))
     rng = np.random.default_rng(0)

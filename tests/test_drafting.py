@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from reference.small_models import random_parameters
 
 from dex_jax.config import ExitsConfig
@@ -69,6 +70,7 @@ def test_an_exit_at_depth_0_starts_without_an_opinion() -> None:
     assert np.abs(features[1, :, :-1]).max() > 1
 
 
+@pytest.mark.slow
 def test_each_draft_step_reads_what_a_chain_of_nodes_reads() -> None:
     batch, normed = chunk()
     found, valid = jax.jit(read_drafts, static_argnums=3)(heads(), batch, normed, 4)

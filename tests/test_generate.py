@@ -56,7 +56,7 @@ def emitted(output: dex_jax.Output, row: int) -> tuple[list[int], list[int]]:
     return output.tokens[row, :length].tolist(), output.stats.exits[row, :length].tolist()
 
 
-@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampled", [False, slow(True)], ids=["greedy", "sampled"])
 def test_autoregressive_decoding_is_the_argmax_after_every_prefix(sampled: bool) -> None:
     """If tokens are sampled, the argmax is that of the logits with the noise of the position."""
     whole, draws = SmallModel(LLAMA, (4,)), None
@@ -88,7 +88,8 @@ def test_samples_of_dex_are_those_of_ar() -> None:
     assert not np.array_equal(sampled.tokens, explored("K3 uneven").tokens)
 
 
-@pytest.mark.parametrize("name", ["K3 uneven", slow("K4 two rows")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["K3 uneven", "K4 two rows"])
 def test_exits_and_ticks_are_those_of_the_twin(name: str) -> None:
     output = explored(name)
     plan = output.stats.plan
@@ -254,6 +255,7 @@ def test_another_request_of_the_same_size_compiles_nothing() -> None:
             jax.monitoring.unregister_event_duration_listener(counter)
 
 
+@pytest.mark.slow
 def test_all_ticks_of_a_generation_are_run_by_one_program() -> None:
     forget()
     lm = small_model(dataclasses.replace(LLAMA, num_layers=1))

@@ -258,6 +258,7 @@ def test_a_path_is_emitted_as_its_tokens_would_be_one_by_one(seed: int) -> None:
         chex.assert_trees_all_equal(at_once, singly)
 
 
+@pytest.mark.slow
 def test_decs_saves_ticks() -> None:
     """Without a cap DECS costs no tick, as the lattice has what it masks; a cap may drop better nodes for siblings."""
     plain = Config(4, 4, decs=False)

@@ -81,6 +81,7 @@ def test_more_explorers_than_layers_are_refused(lm) -> None:
         timed.choices(lm, 5, timed.DATA, {})
 
 
+@pytest.mark.slow
 def test_writing_that_was_stopped_goes_on_with_its_texts_and_its_time(lm, data, tmp_path, monkeypatch) -> None:
     def stopped(timing, texts):
         raise KeyboardInterrupt
