@@ -43,6 +43,8 @@ def test_defaults() -> None:
 def test_rows_and_drafts_as_given() -> None:
     assert [plan_for(Dex(explorers=k, rows="full", draft=False), 30).rows for k in (1, 2, 6, 8)] == [1, 1, 16, 64]
     assert plan_for(Dex(explorers=3, rows=7), 30).rows == 7
+    assert plan_for(Dex(explorers=1, rows=1), 30).drafts is None, "one row has no room for a draft"
+    assert plan_for(Dex(explorers=1, rows=2), 30).drafts is not None
     assert plan_for(Dex(depths=(1, 2, 30), rows=1, decs=False), 30).decs is False
     tree = TreeShape((2, 1), 1, (0.5,) * 8)
     assert plan_for(Dex(draft=tree), 30).drafts == tree

@@ -170,6 +170,8 @@ def _with_tree(plan: Plan, method: Dex, drafter: GivenDrafter | None) -> Plan:
     rows = rows_of(method, plan.stages, trees[-1])
     if method.rows is None:
         return dataclasses.replace(plan, drafts=dataclasses.replace(trees[-1], rungs=rungs(rows)), rows=rows)
+    if rows == plan.stages == 1:  # drafts would have no row
+        return dataclasses.replace(plan, rows=1)
     fitting = [trees[0], *(tree for tree in trees if tree.rows <= rows)]
     return dataclasses.replace(plan, drafts=fitting[-1], rows=rows)
 

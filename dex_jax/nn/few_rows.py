@@ -114,6 +114,7 @@ def in_cpp(cpp: Callable[..., Any], plain: Callable[..., Any], *operands: jax.Ar
     """
     if not {operand.dtype for operand in operands} <= {*DTYPES} or not ready():
         return plain(*operands)
+
     def rounded(*operands: jax.Array) -> Any:
         exact = cpp(*(x.astype(jnp.float32) for x in operands))
         return jax.tree.map(lambda x: _rounded(x, operands[0].dtype), exact)
