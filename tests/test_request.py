@@ -49,9 +49,9 @@ def test_flags_are_the_options() -> None:
     none = parser().parse_args([])
     assert (Request.of(options_of(none)), method_of(none)) == (Request(), Dex())
     assert method_of(parser().parse_args(["--method", "ar"])) == AR()
-    assert all(
-        field.metadata["says"] in " ".join(parser().format_help().split()) for field in FIELDS if _is_said(field)
-    )
+    shown = " ".join(parser().format_help().split())
+    assert all(field.metadata["says"].split(" In Python")[0] in shown for field in FIELDS if _is_said(field))
+    assert "In Python" not in shown
 
 
 def _is_said(field: dataclasses.Field) -> bool:

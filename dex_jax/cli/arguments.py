@@ -100,10 +100,10 @@ def _add_options(add: Any, owner: type) -> None:
             add(about["flag"], dest=name, action="store_false", help=about["off"])
             continue
         action = "append" if name == "stop" else "store"
-        says = about["says"].replace("%", "%%") + ("" if field.default is None else " (%(default)s)")
+        says = about["says"].split(" In Python")[0].replace("%", "%%")
         add(
             about["flag"], type=KINDS.get(name, str), default=field.default, action=action, metavar=about["metavar"],
-            help=says,
+            help=says if field.default is None else f"{says} (%(default)s)",
         )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ class Stats:
     """
 
     plan: Plan
-    exits: np.ndarray
+    exits: np.ndarray = dataclasses.field(repr=False)
     compile_seconds: float
     prefill_seconds: float
     decode_seconds: float

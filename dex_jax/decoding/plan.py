@@ -56,7 +56,8 @@ class Plan:
     drafts: TreeShape | None = None  # how much exit 0 drafts below a head of a cohort; None for nothing
     loop: Any = "dex"  # what runs it: a name of loops.LOOPS, or a Loop of a user's own
 
-    config: Any = None  # ModelConfig; fields from here on depend on the model
+    # ModelConfig; fields from here on depend on the model.
+    config: Any = dataclasses.field(default=None, repr=False)
     mesh: Mesh | None = None  # None for one device
     layout: Staged | None = None  # of the weights on the mesh
     exits: ExitsConfig | None = None  # of the exits 1..K-1; None for the model's own, "shared", and for K = 1
@@ -68,9 +69,8 @@ class Plan:
     exits_source: str | None = dataclasses.field(default=None, compare=False, repr=False)
     drafter_source: str | None = dataclasses.field(default=None, compare=False, repr=False)
     choice: str | None = dataclasses.field(default=None, compare=False, repr=False)  # why, if it was chosen
-    remarks: tuple[str, ...] = dataclasses.field(
-        default=(), compare=False, repr=False
-    )  # sentences that a user should see
+    # Sentences that a user should see.
+    remarks: tuple[str, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
     @property
     def stages(self) -> int:

@@ -33,8 +33,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 def option(default: Any, says: str, flag: str | None = None, metavar: str | None = None, off: str | None = None) -> Any:
     """Return a dataclass field with its sentence.
 
-    `flag` is that of decode.py, None where it has none, and `metavar` the name of its value in the help; a switch that
-    is on by default has `off` instead, the sentence of the flag that turns it off.
+    `flag` is that of decode.py, None where it has none, and `metavar` the name of its value in the help, which ends
+    before "In Python"; a switch that is on by default has `off` instead, the sentence of the flag that turns it off.
     """
     return dataclasses.field(default=default, metadata={"says": says, "flag": flag, "metavar": metavar, "off": off})
 
@@ -100,14 +100,14 @@ class Request:
     exits: Any = option(
         "default",
         'The heads that guess: "default" (what ships for the model), "shared" (the model\'s own head at every depth), '
-        "a .safetensors file or a training's folder, the folder or hub id of an EAGLE-3 head, or what was loaded from "
-        "one. They change how fast text comes, never the text.",
+        "a .safetensors file, a training's folder, or the folder or hub id of an EAGLE-3 head. They change how fast "
+        "text comes, never the text. In Python, what `load_exits` gave is taken too.",
         "--exits",
         "EXITS",
     )
     draft_model: Any = option(
         None,
-        "A small model of the same vocabulary that drafts instead of exits; loaded, in Python.",
+        "A small model of the same vocabulary that drafts instead of exits. In Python, a loaded one.",
         "--draft-model",
         "NAME",
     )
@@ -119,7 +119,7 @@ class Request:
         None, "Keeps the smallest set of tokens that holds this probability; all unless given.", "--top-p", "P"
     )
     seed: int | Sequence[int] = option(
-        0, "Row b of the batch gets seed + b; a list of seeds is taken as it is.", "--seed", "S"
+        0, "Row b of the batch gets seed + b. In Python, a list gives every row its own.", "--seed", "S"
     )
     num_samples: int = option(1, "Repeats each prompt n times, one row after the other.", "--num-samples", "N")
     stop: str | Sequence[str] | None = option(
