@@ -1,12 +1,15 @@
 """A training of a few seconds that runs as a process of its own, which tests may kill.
 
-The task learns a linear map from noise.
+The task learns a linear map from noise. The arguments are the folder and, for a disk that gets full, the most bytes
+that a file may have.
 """
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -79,5 +82,29 @@ class LinearMap:
         return self.backbone
 
 
+def cut_off(folder, size):
+    """Return a `notify` that lets no file pass `size` bytes once the first checkpoint is whole, as on a full disk."""
+
+    def notify(event):
+        # Not before: a compiled program is kept on disk, too.
+        if (step_of(event) or 0) > CONFIG.checkpoint_every:
+            while checkpoints_in(folder) != [CONFIG.checkpoint_every]:
+                time.sleep(0.01)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    return notify
+
+
+def checkpoints_in(folder):
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def step_of(event) -> int | None:
+    """Return the step of a Standing, or None for lines of text."""
+    return None if isinstance(event, str) else int(event.what.removeprefix("step ").partition("/")[0])
+
+
 if __name__ == "__main__":
-    train(LinearMap(CONFIG, WIDTH, seconds=0.02), CONFIG, sys.argv[1])
+    where = Path(sys.argv[1])
+    limited = cut_off(where, int(sys.argv[2])) if len(sys.argv) > 2 else None
+    train(LinearMap(CONFIG, WIDTH, seconds=0.02), CONFIG, where, notify=limited)
