@@ -25,7 +25,7 @@ def check_depths(depths: Any, num_layers: int) -> tuple[int, ...]:
     if any(a >= b for a, b in itertools.pairwise(depths)):
         raise DexError(f"depths must ascend without repeats, not {text}")
     if depths[-1] != num_layers:
-        raise DexError(f"depths must end at the model's last layer, {num_layers}, not at {depths[-1]}")
+        raise DexError(f"depths must end at the model's final layer, {num_layers}, not at {depths[-1]}")
     return depths
 
 

@@ -3,33 +3,35 @@
     python -m dex_jax.planner --model llama-2-70b --hardware h100x8
     python -m dex_jax.planner --model smollm2-135m --hardware cpux2,bandwidth=30e9 --ticks 1:8:3:1.9 --ticks 2:16:8:2.4
 
-Nothing is loaded and nothing is run: a formula is evaluated, and nobody has validated it on GPUs or TPUs. In it, m is
-0.8 of a machine's bandwidth, f is 0.6 of its arithmetic, k what a kernel takes however small, and a message of x bytes
-takes e(x) = latency + x / link bandwidth. Numbers have n bytes, the model's weights w. With R rows of each of B
-sequences, split over T devices:
+Nothing is loaded and nothing is run: a formula is evaluated, and nobody has validated it on GPUs or TPUs. In it, `read`
+is 0.8 of a machine's bandwidth, `compute` is 0.6 of its arithmetic, `kernel` is what a kernel takes however small,
+`link` is the bandwidth between devices, and a message of x bytes takes send(x) = latency + x / link. Numbers have
+`size` bytes, the model's weights `packed` bytes. With R rows of each of B sequences, split over T devices:
 
-    product(P)   max(P w / m, 2 P R B / f) / T, for P weights that every row meets
-    layer        product(P of a layer) + max(2 B S G d n / m, 4 R B S H d / f) / T + 10 k
-    head         product(V D) + 4 k
-    exit         product(V' D + 3 D^2) + 12 k, with T = 1 and w = n, for a draft vocabulary of V' = 16,384 tokens
-    draft        450 k and, for each drafted level, product(V' D + 16 D^2) + 12 k, with T = 1, w = 2 and R at most 8
-    gather(x)    log2(g) latency + (g - 1) / g x / link bandwidth, among g devices that get x bytes together
+    product(P)   max(P packed / read, 2 P R B / compute) / T, for P weights that every row meets
+    layer        product(P of a layer) + max(2 B S G E size / read, 4 R B S H E / compute) / T + 10 kernel
+    head         product(V D) + 4 kernel
+    exit         product(V' D + 3 D^2) + 12 kernel, with T = 1, weights of `size`, and V' = 16,384 draft tokens
+    draft        450 kernel and, for each drafted level, product(V' D + 16 D^2) + 12 kernel, with T = 1, weights of
+                 2 bytes and R at most 8
+    gather(x)    log2(N) latency + (N - 1) / N x / link, among N devices that get x bytes together
 
 A step takes
 
     AR           L layer + head, with R = 1
     trees        L layer + head + draft, and their tree's rows are R
-    DEX          the layers of one device's stages, their exits or c head, whichever takes longer, and draft; c is the
-                 share of ticks that commit, at most the tokens of a tick
+    DEX          the layers of one device's stages, their exits or the head in the share of ticks that commit (at most
+                 the tokens of a tick), whichever takes longer, and draft
 
-and its messages: 4 gather(B R D n) a layer and gather(4 B R V) a head among T; K - 1 times e(B R D n) and in the end,
-among K, 2 gather(B R D n) through a pipeline of K stages; in DEX e(B R D n) and gather(K B R (D n + 8)) a tick.
+and its messages: 4 gather(B R D size) a layer and gather(4 B R V) a head among T; K - 1 times send(B R D size) and in
+the end, among K, 2 gather(B R D size) through a pipeline of K stages; in DEX send(B R D size) and
+gather(K B R (D size + 8)) a tick.
 
-A step of AR brings one token, one of trees as many as were counted, and a tick of K explorers s / K, where s is their
-depth-side speedup. --ticks gives these counts, with rows and drafted levels. The formula leaves out devices that share
-a memory, batches that are cut into parts, and grids that are not even.
+A step of AR brings one token, one of trees as many as were counted, and a tick of K explorers their depth-side speedup
+over K. --ticks gives these counts, with rows and drafted levels. The formula leaves out devices that share a memory,
+batches that are cut into parts, and grids that are not even.
 
-Letters: L layers, D width, H query heads, G key-value heads, d head width, V vocabulary, S positions attended to.
+Letters: L layers, D width, H query heads, G key-value heads, E head width, V vocabulary, S positions attended to.
 """
 
 from __future__ import annotations
@@ -114,7 +116,7 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A model on a machine, with a batch of B sequences of S positions; weights have w bytes (`weight_bytes`), or n."""
+    """A model on a machine, with a batch of B sequences of S positions; weights have `weight_bytes`, or the dtype's."""
 
     config: ModelConfig
     machine: Hardware
@@ -138,7 +140,7 @@ class Setting:
         return self.product(_of_layer(c), rows, tensor, self.weight_bytes) + attention + KERNELS_A_LAYER * device.kernel
 
     def head(self, rows: int, tensor: int) -> float:
-        """Return the seconds of the final norm, unembedding and choice."""
+        """Return the seconds of the final norm, the unembedding and the choice of a token."""
         numbers = self.config.vocab_size * self.config.width
         return self.product(numbers, rows, tensor, self.weight_bytes) + KERNELS_A_HEAD * self.machine.device.kernel
 

@@ -54,7 +54,7 @@ def choose(logits: jax.Array, sampling: Sampling | None, noise: jax.Array | None
 
     Returns ([N] int32 columns of V, [N] bool whether the row had any token left); greedy ties go to the lowest id.
     """
-    adjusted = scores(logits, sampling, noise)
+    adjusted = perturbed_logits(logits, sampling, noise)
     token = best_column(adjusted)
     left = jnp.take_along_axis(adjusted, token[:, None], axis=-1)[:, 0] > DROPPED
     return token, left
@@ -78,7 +78,7 @@ def best_column(x: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, cpu=by_blocks, default=plain)
 
 
-def scores(logits: jax.Array, sampling: Sampling | None, noise: jax.Array | None) -> jax.Array:
+def perturbed_logits(logits: jax.Array, sampling: Sampling | None, noise: jax.Array | None) -> jax.Array:
     """Return the values that `choose` takes the argmax of: [N, V] float32."""
     if sampling is None:
         return logits
@@ -89,8 +89,8 @@ def scores(logits: jax.Array, sampling: Sampling | None, noise: jax.Array | None
 def log_total(adjusted: jax.Array, rest: jax.Array | None, sampling: Sampling | None) -> jax.Array:
     """Return the log of the summed exponentials of every row: [N] float32.
 
-    `adjusted` [N, V'] float32 are logits as `scores` or the temperature alone has left them, `rest` [N] float32 is the
-    logit of all tokens that have no column, which is divided by the temperature here; None where there are none.
+    `adjusted` [N, V'] float32 are logits as `perturbed_logits` or the temperature alone has left them, `rest` [N]
+    float32 is the logit of all tokens that have no column, divided by the temperature here; None where there are none.
     """
     total = jax.nn.logsumexp(adjusted, axis=-1)
     if rest is None:

@@ -83,7 +83,7 @@ def draw_tick(trace: dex_jax.Trace) -> Figure:
             root = next(node for node in trace.roots if node.rooted == tick)
             words = shown(trace, root.token)
         arrow(axes, (x + 0.68, 2.0), (x + 0.68, 2.42), darker(depth_hex(k, stages)))
-        head = f"exit {k}" if k < stages else "the last layer decides"
+        head = f"exit {k}" if k < stages else "the final layer decides"
         axes.text(x + 0.68, 2.72, head, ha="center", size=8, color=FAINT)
         axes.text(x + 0.68, 2.5, words, ha="center", size=9.5, color=darker(depth_hex(k, stages)))
     axes.text(4.6, 3.02, f"tick {tick}: tokens and scores go to every device", **LEGEND)
@@ -135,7 +135,7 @@ def draw_tree(trace: dex_jax.Trace) -> Figure:
     axes.text(last, end[1], shown(trace, emitted[tick].token), ha="center", va="center", size=11, weight="bold")
     axes.text(1.0, 1.75, "the last token", **LEGEND)
     axes.text((1.0 + last) / 2, 1.75, "drafts; the accepted ones in colour", **LEGEND)
-    axes.text(last, 1.75, "decided by the last layer", **LEGEND)
+    axes.text(last, 1.75, "decided by the final layer", **LEGEND)
     axes.text(4.6, 0.12, f"one tick puts all {len(alive)} rows through all {trace.depths[-1]} layers", **LEGEND)
     return figure
 

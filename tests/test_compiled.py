@@ -114,7 +114,7 @@ def test_loop(name, method, format):
     assert memory.temp_size_in_bytes < 80e6
     if format != "Q4_K":  # GPUs read blocks piece by piece, and each piece counts as the whole array
         read = nbytes(weights) - nbytes(weights["embed"])
-        read += nbytes(weights["unembed"]) if session.plan.stages > 1 else 0  # once for exits, once for the last layer
+        read += nbytes(weights["unembed"]) if session.plan.stages > 1 else 0  # once for exits, once for the final layer
         assert hlo.moved(hlo.loop) < 1.1 * read
 
 

@@ -114,7 +114,7 @@ def test_what_was_drafted_is_counted_and_coloured_on_terminals_only(run, monkeyp
         assert f"DEX, K = 1 with drafts on cpu:cpu, float32: 24 tokens, {record['ticks']} ticks" in err
         assert "8 rows; drafts from the text\n" in err
         # The legend of the colours is above the bars.
-        assert "drafted  last layer" in err
+        assert "drafted  final layer" in err
         assert "drafted (depth   0)" in err
         assert ("terminals only" in err) is not terminal
 

@@ -103,7 +103,7 @@ class Explored:
 
 
 def tables_of(config: Config, number: int) -> Tables:
-    """Return a model; by `number` its exits nearly always, sometimes or hardly ever agree with the last layer.
+    """Return a model; by `number` its exits nearly always, sometimes or hardly ever agree with the final layer.
 
     Logits of few values make ties; logits far apart make probabilities of one, so that a child scores as its parent.
     """
@@ -211,9 +211,11 @@ def test_a_cohort_drafts_and_keeps_what_is_worth_its_time(stages: int, sampled: 
         state = toy_runs.finished(tables, case, run.tokens[:1], **config.shape)
         assert toy_runs.emitted(state.record, 0) == (run.tokens, run.exits)
         np.testing.assert_allclose(
-            [state.choice.acceptance[0], state.choice.usefulness[0]], [run.acceptance, run.usefulness], rtol=1e-3
+            [state.row_choice.acceptance[0], state.row_choice.usefulness[0]],
+            [run.acceptance, run.usefulness],
+            rtol=1e-3,
         )
-        assert state.choice.ran[0, -1] == sum(run.levels)
+        assert state.row_choice.ran[0, -1] == sum(run.levels)
         rows_chosen |= set(run.rows)
         levels_chosen |= set(run.levels)
     assert len(rows_chosen) > 2

@@ -79,7 +79,7 @@ def test_whole_numbers_of_numpy_become_pythons() -> None:
         (Dex(depths=(6, 31)), "between 1 and"),
         (Dex(depths=(12, 6, 30)), "ascend"),
         (Dex(depths=(6, 6, 30)), "ascend"),
-        (Dex(depths=(6, 12)), "end at the model's last layer, 30"),
+        (Dex(depths=(6, 12)), "end at the model's final layer, 30"),
         (Dex(rows=0), "rows"),
         (Dex(rows=-3), "rows"),
         (Dex(rows="many"), "rows"),

@@ -128,7 +128,7 @@ ANCHORS = {
     "type": ({"model_type": "mistral"}, "mistral"),
     "window": ({"draft_vocab_size": "many"}, "draft_vocab_size"),
     "no head": ({"draft_vocab_size": None}, "no EAGLE-3 head"),
-    "last layer": ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state"),
+    "final layer": ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state"),
     "heads": ({"num_attention_heads": 4}, "do not belong together"),
 }
 

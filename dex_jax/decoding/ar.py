@@ -34,7 +34,9 @@ def init(memory: Memory, first_token: jax.Array, position: jax.Array, *, capacit
 
 def step(model: Transformer, state: ARState, limits: Limits, sampling: Sampling | None) -> ARState:
     """Decode one token for every sequence that is not done."""
-    states, memory = extend(model, state.memory, state.token[:, None], state.prefix)
+    # A sequence that is done is a row of zeros, which costs nothing on CPUs (nn/cpp) while others of its batch go on.
+    end = None if len(state.token) == 1 else jnp.where(state.record.done, 0, state.prefix + 1)
+    states, memory = extend(model, state.memory, state.token[:, None], state.prefix, end)
     return emitted(state, memory, next_token(model, states[-1][:, 0], state.prefix + 1, sampling), limits)
 
 

@@ -18,7 +18,7 @@ from dex_jax.decoding.output import Output
 from dex_jax.decoding.request import Request
 from dex_jax.decoding.session import sampling_of
 from dex_jax.language_model import LanguageModel
-from dex_jax.sampling import Sampling, position_noise, scores
+from dex_jax.sampling import Sampling, perturbed_logits, position_noise
 
 CLOSE = {"float32": 1e-4, "float16": 2.0**-8, "bfloat16": 2.0**-5}
 """The largest margin of a tie, by dtype: closer than this share of the largest |logit|, scores may swap by rounding."""
@@ -94,7 +94,7 @@ def top2_margin(lm: LanguageModel, ids: list[int], sampling: Sampling | None = N
     adjusted = logits
     if sampling is not None:
         noise = position_noise(sampling.keys[0], jnp.int32(len(ids)), logits.shape[0])
-        adjusted = scores(logits[None], sampling, noise[None])[0]
+        adjusted = perturbed_logits(logits[None], sampling, noise[None])[0]
     second, best = np.sort(np.asarray(adjusted))[-2:]
     return float((best - second) / np.abs(np.asarray(logits)).max())
 

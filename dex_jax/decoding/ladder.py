@@ -19,7 +19,7 @@ def rungs(largest: int, smallest: int = 1) -> tuple[int, ...]:
     return (*counts, largest)
 
 
-def climb(needed: jax.Array, counts: Sequence[int], run: Callable[[int], Any]) -> Any:
+def run_rung(needed: jax.Array, counts: Sequence[int], run: Callable[[int], Any]) -> Any:
     """Return run(n) for the smallest n of `counts` (ascending) with n >= needed; all must return the same shapes."""
     if len(counts) == 1:
         return run(counts[0])

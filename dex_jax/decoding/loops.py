@@ -47,8 +47,8 @@ class Prefilled(NamedTuple):
 class Loop(abc.ABC):
     """One kind of loop on one device, with a state of its own that has a `record`, a `tick` and the `memory`.
 
-    A loop is hashable, as programs are compiled for it, and emits only the last layer's tokens, with the noise of their
-    positions (ar.next_token). `ticks` and `counts` are here for loops in which every tick runs a stage.
+    A loop is hashable, as programs are compiled for it, and emits only the final layer's tokens, with the noise of
+    their positions (ar.next_token). `ticks` and `counts` are here for loops in which every tick runs a stage.
     """
 
     @abc.abstractmethod
@@ -171,7 +171,7 @@ class DexLoop(MeshLoop):
             noise=BY_SEQUENCE,
             record=BY_SEQUENCE,
             text=None if plan.drafts is None else BY_SEQUENCE,
-            choice=None if plan.drafts is None or not plan.drafts.rungs else CHOICE,
+            row_choice=None if plan.drafts is None or not plan.drafts.rungs else CHOICE,
             spawning=BY_SEQUENCE if _first_drafts(plan) else None,
         )
 

@@ -59,7 +59,7 @@ class Dex:
         "K",
     )
     depths: tuple[int, ...] | None = option(
-        None, "The exit depths themselves, ascending and ending at the last layer.", "--depths", "X,...,L"
+        None, "The exit depths themselves, ascending and ending at the final layer.", "--depths", "X,...,L"
     )
     rows: int | str | None = option(
         None,

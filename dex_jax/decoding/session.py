@@ -296,12 +296,12 @@ class Session:
         start = time.perf_counter()
         if self.costs is not None:
             costs = self._put(jax.device_put(self.costs.relative()), EVERYWHERE)
-            choice = self.state.choice._replace(costs=costs)
-            self.state = self.state._replace(choice=choice)
+            choice = self.state.row_choice._replace(costs=costs)
+            self.state = self.state._replace(row_choice=choice)
         self.state = RUN(self.lm.weights, self.heads, self.state, self.limits, self.sampling, until, plan=self.plan)
         record = self.record()
         if self.costs is not None:
-            ran, self.ran = self.ran, to_host(self.state.choice.ran).max(axis=0)
+            ran, self.ran = self.ran, to_host(self.state.row_choice.ran).max(axis=0)
             self.costs.learn(self.ran - ran, time.perf_counter() - start)
             if record.done.all():
                 self.costs.keep()

@@ -132,7 +132,7 @@ def _config(head: _Head, raw: dict[str, Any], files: SafetensorsFiles, source: s
         source,
         (kind not in _DEFAULTS, f"has a layer of type {kind!r:.60}, and only {', '.join(_DEFAULTS)} are covered"),
         (many, "has more than one layer, and EAGLE-3 heads of one are covered"),
-        (not aux.use_aux_hidden_state, "reads the last layer alone (use_aux_hidden_state), which is not covered"),
+        (not aux.use_aux_hidden_state, "reads the final layer alone (use_aux_hidden_state), which is not covered"),
         (len(fc) != 2, "lacks the matrix fc.weight of an EAGLE-3 head"),
         (len(lm_head) != 2, "lacks the matrix lm_head.weight of an EAGLE-3 head"),
     )

@@ -211,7 +211,7 @@ def run_rows(
     `among` [B, N, N] bool says, themselves included, and to those `beside` them. Layers that are not `in_use` are
     skipped, and give zeros as keys and values. `model` and `first_seen` are those of `extend_rows`.
 
-    Returns (hidden states [B, N, D] after the last layer, the rows' (keys, values): l of [B, G, N, d], or one array
+    Returns (hidden states [B, N, D] after the final layer, the rows' (keys, values): l of [B, G, N, d], or one array
     [l, B, G, N, d]). If all layers run, states at depths `reads` can stand behind the last ones, [B, N, (1 + reads) D].
     """
     sizes = lengths_of(memory)

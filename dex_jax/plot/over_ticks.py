@@ -148,7 +148,7 @@ def _legend(figure: Any, trace: Trace) -> None:
     handles = [
         *([line(depth_hex(DRAFTED, trace.stages), "drafted")] if drafts else []),
         *(line(depth_hex(k, trace.stages), f"{'given by ' * (k == 1)}exit {k}") for k in range(1, trace.stages)),
-        line(FINAL_HEX, "the last layer only"),
+        line(FINAL_HEX, "the final layer only"),
         line(_CROSS, "died in a collapse", marker="x", markersize=5, linewidth=1.2),
         line(INK, "commit", marker="o", markersize=6, linewidth=0),
     ]

@@ -69,7 +69,7 @@ def exit_names(depths: tuple[int, ...], drafted: bool) -> list[tuple[str, int]]:
     return [
         *([("drafted", 0)] if drafted else []),
         *((f"exit {number} (depth {depth})", number) for number, depth in early),
-        (f"last layer (depth {last[1]})", last[0]),
+        (f"final layer (depth {last[1]})", last[0]),
     ]
 
 

@@ -63,7 +63,7 @@ class Verified(NamedTuple):
 
     where: jax.Array  # [B] bool, the sequences that end a round in this step
     length: jax.Array  # [B] int32
-    final: jax.Array  # [B, R] int32, the last layer's token after each row
+    final: jax.Array  # [B, R] int32, the final layer's token after each row
     shadow: jax.Array  # [K - 1, B, R] int32, each exit's token; zeros unless the policy has `shadows`
     confidence: jax.Array  # [K - 1, B, R] float32, the probability that the exit gave it
 

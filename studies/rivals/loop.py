@@ -1,4 +1,4 @@
-"""The loop of self-speculation that the rivals of DEX share: exits draft a chain of rows, the last layer confirms it.
+"""The loop of self-speculation that the rivals of DEX share: exits draft a chain of rows, the final layer confirms it.
 
 The newest row climbs stage by stage. At an exit it may draft: the exit's token becomes a new row at depth 0, and the
 old one waits there. Rows that wait run along with the newest when it passes their depth, so no layer is ever run twice
@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax.decoding.dex.interface import Chunk
-from dex_jax.decoding.ladder import climb, fill
+from dex_jax.decoding.ladder import fill, run_rung
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Limits, Record, emit_path, new_record
-from dex_jax.sampling import Sampling, best_column, choose, log_total, scores
+from dex_jax.sampling import Sampling, best_column, choose, log_total, perturbed_logits
 from studies.rivals.interface import ChainExits, ChainNetwork, ChainRows, Policy, Verified
 
 
@@ -136,7 +136,7 @@ def _run_stage(network: ChainNetwork, state: ChainState, stage: int, where: jax.
 
     # The first stage runs the newest row alone; on a CPU what lies between one and eight rows costs the same.
     counts = sorted({0, 1} if stage == 0 else {0, 1, rows})
-    hidden, fresh = climb(jnp.max(count), counts, run_rows)
+    hidden, fresh = run_rung(jnp.max(count), counts, run_rows)
     memory = network.write(state.memory, stage, fresh, start, where)
     ran = jnp.arange(rows)[None] < count[:, None]
     place = jnp.where(ran, first[:, None] + jnp.arange(rows)[None], rows)
@@ -178,7 +178,7 @@ def _draft(fixed: _Fixed, state: ChainState, where: jax.Array) -> tuple[jax.Arra
 
     nothing = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.float32)
     token, confidence = jax.lax.cond(jnp.any(asked), ask, lambda: nothing)
-    # The row of a token that ends the sequence would be wasted, as the last layer gives that token itself.
+    # The row of a token that ends the sequence would be wasted, as the final layer gives that token itself.
     ends = jnp.any(token[:, None] == limits.eos_ids[None], axis=1)
     return asked & ~ends & policy.drafts(state.known, exit_index, newest, confidence), token
 
@@ -187,7 +187,7 @@ def _proposed(
     exits: ChainExits, features: jax.Array, sampling: Sampling | None, noise: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Choose tokens for features [N, D'] under noise [N, V']: (tokens [N] int32, their confidence [N] float32)."""
-    adjusted = scores(exits.logits(features), sampling, noise)
+    adjusted = perturbed_logits(exits.logits(features), sampling, noise)
     column = best_column(adjusted)
     log_all = log_total(adjusted, None if exits.rest is None else exits.rest(features), sampling)
     confidence = jnp.exp(jnp.take_along_axis(adjusted, column[:, None], axis=-1)[:, 0] - log_all)
@@ -195,7 +195,7 @@ def _proposed(
 
 
 def _verify(fixed: _Fixed, state: ChainState, where: jax.Array) -> ChainState:
-    """Emit what the last layer confirms and one token more, and begin a new round of the sequences of `where`."""
+    """Emit what the final layer confirms and one token more, and begin a new round of the sequences of `where`."""
     # Memory and states stay outside: a branch that returned them would copy them.
     nothing: Any = ()
     small = state._replace(memory=(), noise=None, states=nothing)
@@ -213,13 +213,13 @@ def _settle(fixed: _Fixed, state: ChainState, small: ChainState, where: jax.Arra
     batch, rows = state.token.shape
     place = jnp.arange(rows)[None]
 
-    def last_layer(width: int) -> jax.Array:
+    def final_layer(width: int) -> jax.Array:
         hidden = state.states[-1][:, :width].reshape(batch * width, -1)
         noise = noise_at(state.noise, state.rows.position[:, :width] + 1)
         return fill(choose(network.final(hidden), sampling, noise)[0].reshape(batch, width), 1, rows)
 
     used = jnp.max(jnp.where(where, state.newest + 1, 1))
-    final = climb(used, sorted({1, rows}), last_layer)
+    final = run_rung(used, sorted({1, rows}), final_layer)
     right = (state.token[:, 1:] == final[:, :-1]) & (place[:, 1:] <= state.newest[:, None])
     accepted = jnp.sum(jnp.cumprod(right, axis=1), axis=1, dtype=jnp.int32)
     count = jnp.where(where, accepted + 1, 0)

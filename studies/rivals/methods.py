@@ -111,12 +111,12 @@ class LayerSkip:
         """Return the plan for a model of L = num_layers.
 
         Raises:
-          DexError: the exit is not below the last layer, or there is no token to draft.
+          DexError: the exit is not below the final layer, or there is no token to draft.
         """
         whole_number(exit=self.exit)
         if self.exit >= num_layers:
             raise DexError(
-                f"LayerSkip's exit must lie below the model's last layer, {num_layers}, and not at {self.exit}"
+                f"LayerSkip's exit must lie below the model's final layer, {num_layers}, and not at {self.exit}"
             )
         return chain_plan("layerskip", (self.exit, num_layers), Policy(self.draft_length))
 
@@ -141,7 +141,7 @@ class AdaDecode:
     """AdaDecode (Wei et al., ICML 2025, arXiv 2506.03700): a token exits at the first exit that is sure of the next.
 
     That is the first with a probability of at least `threshold`; the token's other layers wait. They run together with
-    those of later tokens that pass the same depth, and at the last layer all that wait are verified: the first wrong
+    those of later tokens that pass the same depth, and at the final layer all that wait are verified: the first wrong
     draft discards those after it. A round with drafts at depths e_1 .. e_g runs e_1 + .. + e_g + L layers one after the
     other. The paper trains heads of its own; here the exits are those of DEX.
 

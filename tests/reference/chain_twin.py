@@ -15,7 +15,7 @@ from reference.twin import Draws, final_token
 
 ONE, ALMOST_ZERO = np.float32(1), np.float32(1e-6)
 Shadow = tuple[list[int], list[float], int]
-"""The tokens that the exits give after one verified row, their confidences, and the token of the last layer."""
+"""The tokens that the exits give after one verified row, their confidences, and the token of the final layer."""
 
 
 @dataclasses.dataclass

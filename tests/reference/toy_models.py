@@ -8,9 +8,9 @@ the position may see, and lets the sum move the state or not:
     h_k(n)   = h_{k-1}(n) + gate_k[s mod G] (n' s + shift_k)    (mod P), n' = n mod (P - 1) + 1
 
 A mask, slot, position or commit that is wrong changes s, and with it tokens. Where the gate is 0 the state stays, so
-the share of zeros says how often exits agree with the last layer. Logits are tables: head_k[h].
+the share of zeros says how often exits agree with the final layer. Logits are tables: head_k[h].
 
-Exit 0 makes a state of its own from before(n), a state of the position before: the last layer's if that is committed,
+Exit 0 makes a state of its own from before(n), a state of the position before: the final layer's if that is committed,
 the one at the deepest exit that a seed's parent has passed, or its own if it drafted the parent:
 
     d(n) = before(n) + token(n) + n    (mod P), logits head_0[d]
@@ -50,7 +50,7 @@ class Tables(NamedTuple):
 
 
 class ToyMemory(NamedTuple):
-    """Keys `committed` [K, B, S] and `lattice` [K, B, K W], and the last layer's newest committed state `last` [B]."""
+    """Keys `committed` [K, B, S] and `lattice` [K, B, K W], and the final layer's newest committed state `last` [B]."""
 
     committed: jax.Array
     lattice: jax.Array
@@ -72,7 +72,7 @@ def random_tables(
 
     `openness` is the share of gates that move the state in stages 2..K; those of stage 1 all do. With 0, exits agree as
     often as their heads do. Logits are integers from 0 to `spread`, and a small one makes ties; an exit's stray as far
-    as `disagreement` from the last layer's.
+    as `disagreement` from the final layer's.
     """
     rng = np.random.default_rng(seed)
     final_head = rng.integers(0, spread + 1, (P, vocab_size))

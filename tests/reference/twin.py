@@ -319,7 +319,7 @@ def proposal(model, node: Node, decs: bool, draws: Draws | None) -> Node | None:
 
 
 def final_token(model, tokens: Sequence[int], stages: int, draws: Draws | None) -> int:
-    """Return the last layer's token after `tokens`."""
+    """Return the final layer's token after `tokens`."""
     token = best_token(model, tuple(tokens), stages, [], draws)
     assert token is not None
     return token

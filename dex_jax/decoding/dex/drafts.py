@@ -23,7 +23,7 @@ from dex_jax.decoding.dex.trees import TreeShape
 from dex_jax.decoding.ladder import fill
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.lattice import NO_NODE, NO_TOKEN, Candidates, Cohort, Lattice, quantized
-from dex_jax.sampling import Sampling, log_total, scores
+from dex_jax.sampling import Sampling, log_total, perturbed_logits
 
 ANCHORS = 8
 """Number of anchors of a cohort, the best ones, that exit 0 drafts below."""
@@ -51,9 +51,9 @@ def with_drafts(
     levels = _levels(shape, count, under)
     cohort, drafting = _add_levels(drafter, state, cohort, levels, before, following, sampling, shape)
     ordered = jax.vmap(lat.sort_rows)(cohort)
-    return (
-        (state, ordered) if state.choice is None else _worth_their_time(state, state.choice, ordered, shape, drafting)
-    )
+    if state.row_choice is None:
+        return state, ordered
+    return _worth_their_time(state, state.row_choice, ordered, shape, drafting)
 
 
 def with_noise(state: DexState, anchors: Cohort, sampling: Sampling | None, shape: TreeShape | None) -> DexState:
@@ -103,11 +103,11 @@ def _add_levels(
         candidates = Candidates(token, at, score)
         if drafter is not None and shape.drafter_levels:
             called = level.by_drafter
-            if state.choice is not None:
+            if state.row_choice is not None:
                 above = jax.lax.dynamic_slice_in_dim(jnp.exp(cohort.score), level.above, most, axis=1)
                 above = jnp.sum(jnp.where(jnp.arange(most) < level.of_above, above, 0), axis=1)
                 below = above - jnp.sum(jnp.exp(score), axis=1)
-                called &= is_worth_a_level(state.choice, ~state.record.done, below)
+                called &= is_worth_a_level(state.row_choice, ~state.record.done, below)
                 so_far = drafting.called + jnp.where(called, below, 0)
                 drafting = _Drafting(drafting.levels + called, so_far, drafting.scores)
 
@@ -122,7 +122,7 @@ def _add_levels(
             candidates = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), candidates, more)
         cohort = jax.vmap(lat.grow, (0, 0, None, None, None))(cohort, candidates, level.first, level.width, most)
         at = jax.vmap(jax.vmap(lat.child_of, (None, 0, 0)))(cohort, at, token)
-        if state.choice is not None:
+        if state.row_choice is not None:
             row = jnp.arange(cohort.token.shape[1])[None]
             in_text = jnp.any(row[..., None] == at[:, None], axis=2)
             new = (row >= level.first) & (row < level.first + level.width) & ~in_text
@@ -165,7 +165,7 @@ def _worth_their_time(
     used = jnp.sum(jnp.where(drafting.scores >= least, jnp.exp(drafting.scores), 0), axis=1)
     expected = jnp.sum(jnp.exp(cohort.score), axis=1)
     about = (state.record.lengths, roots, rung, expected, drafting.levels, drafting.called, used)
-    return state._replace(choice=updated(choice, *about)), cohort
+    return state._replace(row_choice=updated(choice, *about)), cohort
 
 
 class _Drafting(NamedTuple):
@@ -259,7 +259,7 @@ def _drafts_of(
     known = jax.tree.map(put, known, own)
     flat = features.reshape(batch * most, -1)
     columns = drafter.vocabulary
-    adjusted = scores(drafter.logits(flat), sampling, noise_at(noise, position + 1, columns))
+    adjusted = perturbed_logits(drafter.logits(flat), sampling, noise_at(noise, position + 1, columns))
     log_all = log_total(adjusted, None if drafter.rest is None else drafter.rest(flat), sampling)
     # If the values are used too, XLA sorts the whole vocabulary on CPUs.
     places = min(most, adjusted.shape[1])

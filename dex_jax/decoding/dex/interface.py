@@ -210,7 +210,7 @@ class DexState(NamedTuple):
       noise: None when greedy.
       record: what has been emitted.
       text: [B, S] int32, all tokens at their positions; None without drafts.
-      choice: what rows cost and bring; None where every tick runs all of them.
+      row_choice: what rows cost and bring; None where every tick runs all of them.
       spawning: on several devices the youngest cohort, which its first device drafted; None elsewhere.
     """
 
@@ -222,7 +222,7 @@ class DexState(NamedTuple):
     noise: Noise | None
     record: Record
     text: jax.Array | None = None
-    choice: RowChoice | None = None
+    row_choice: RowChoice | None = None
     spawning: Cohort | None = None
 
     @property

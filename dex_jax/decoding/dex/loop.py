@@ -23,7 +23,7 @@ from dex_jax.decoding.dex.drafts import ANCHORS, with_drafts, with_noise
 from dex_jax.decoding.dex.interface import Committed, DexState, Network, StageView, before_nodes
 from dex_jax.decoding.dex.proposals import ask_exits
 from dex_jax.decoding.dex.trees import TreeShape
-from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
+from dex_jax.decoding.ladder import fill, last_row, row_counts, run_rung
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
 from dex_jax.decoding.record import Limits, check_limits, emit_path, new_record, until_done
 from dex_jax.errors import DexError, whole_number
@@ -90,7 +90,7 @@ def init(
         noise=noise,
         record=new_record(first_token, capacity, limits),
         text=text,
-        choice=None if drafts is None or not drafts.rungs else row_choice.new_choice(batch, drafts.rungs),
+        row_choice=None if drafts is None or not drafts.rungs else row_choice.new_choice(batch, drafts.rungs),
     )
 
 
@@ -221,7 +221,7 @@ def final_tokens(
         return jax.lax.cond(jnp.any(where), of_roots, lambda: none)
     counts = row_counts(drafts.counts, rows, empty=state.stages > 1 or len(drafts.counts) > 1)
     live = view.live[-1] & where[:, None]
-    return climb(last_row(live), counts, lambda n: of_rows(n) if n else none)
+    return run_rung(last_row(live), counts, lambda n: of_rows(n) if n else none)
 
 
 def commit(

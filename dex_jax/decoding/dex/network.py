@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dex_jax.decoding.dex.interface import Committed, Drafter, Exits, Network, StageView
 from dex_jax.decoding.dex.trained_exits import Heads, node_features, trained_exits
-from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
+from dex_jax.decoding.ladder import fill, last_row, row_counts, run_rung
 from dex_jax.decoding.plan import Plan
 from dex_jax.nn.cache import Memory, commit_slots, write_in_place, written_in_place
 from dex_jax.nn.forward import Beside, InUse, commit_rows, run_rows, run_tree
@@ -104,7 +104,7 @@ def tree_network(
             return fill(x, 1, rows), fill(keys, 3, rows), fill(values, 3, rows)
 
         # Only tick 0 is empty; with one count there is no conditional, and weights are fetched ahead.
-        x, keys, values = climb(last_row(view.live[0]), row_counts(counts, rows, empty=len(counts) > 1), run)
+        x, keys, values = run_rung(last_row(view.live[0]), row_counts(counts, rows, empty=len(counts) > 1), run)
         return x[None], memory._replace(lattice_keys=keys, lattice_values=values)
 
     def commit(memory: Memory, done: Committed) -> Memory:
@@ -179,7 +179,7 @@ def _advance(
             x, fresh = run_rows(model, memory, x, position, own, view.prefix, stage, in_use, beside=older)
             return fill(x, 1, rows), jax.tree.map(lambda each: fill(each, -2, rows), fresh)
 
-        x, fresh = climb(used[k], counts, run_stage)
+        x, fresh = run_rung(used[k], counts, run_stage)
         out.append(x)
         start = ordered_after(view.ring[k] * rows, x)
         old = [each[stage.start : stage.stop] for each in lattice]

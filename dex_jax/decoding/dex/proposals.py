@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dex_jax.decoding.dex.interface import Exits
-from dex_jax.decoding.ladder import climb, fill
+from dex_jax.decoding.ladder import fill, run_rung
 from dex_jax.decoding.noise import Noise, noise_at
 from dex_jax.lattice import NO_NODE, NO_TOKEN, Lattice, Proposals
 from dex_jax.sampling import DROPPED, Sampling, choose, log_total
@@ -57,7 +57,7 @@ def ask_exits(
         def ask_first(size: int) -> Proposals:
             return jax.tree.map(lambda x: fill(x, 0, block), ask(jnp.minimum(node[:size], count - 1)))
 
-        found = climb(needed - i * block, (0, *(size for size in NODE_BLOCKS if size < block), block), ask_first)
+        found = run_rung(needed - i * block, (0, *(size for size in NODE_BLOCKS if size < block), block), ask_first)
         return i + 1, jax.tree.map(lambda whole, part: whole.at[node].set(part, mode="drop"), proposals, found)
 
     none = Proposals(jnp.full(count, NO_TOKEN, jnp.int32), jnp.zeros(count, jnp.float32), jnp.zeros(count, bool))

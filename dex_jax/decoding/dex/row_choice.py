@@ -3,7 +3,7 @@
 A tick of one row without drafts costs what a step of AR does and emits as much, so drafts run only where they should be
 faster. A row is expected to bring the probability of its path. Where fewer tokens are accepted than expected, rows
 count for less, and where few drafts are worth running, drafting stops for a while. docs/concepts.md has the formula,
-with the letters a (`acceptance`), u (`usefulness`), p (`probability`), r (`roots`), c and d (`costs`), n (`levels`), K
+with the letters a (`acceptance`), u (`usefulness`), p (`probability`), r (`roots`), c (`costs`) and K
 (`stages`).
 
 Letters: B sequences, C row counts that a tick may choose from, N rows of a cohort.

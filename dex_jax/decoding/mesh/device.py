@@ -37,7 +37,7 @@ from dex_jax.decoding.dex.trained_exits import (
     trained_exits,
 )
 from dex_jax.decoding.dex.trees import TreeShape
-from dex_jax.decoding.ladder import climb, fill, last_row, row_counts
+from dex_jax.decoding.ladder import fill, last_row, row_counts, run_rung
 from dex_jax.decoding.plan import Plan
 from dex_jax.decoding.record import Limits
 from dex_jax.lattice import NO_NODE, NO_TOKEN, Cohort, Proposals
@@ -191,15 +191,15 @@ def step(
 
     def drafted() -> tuple[Any, Cohort]:
         after, cohort = loop.draft(network._replace(drafter=drafter), state, view, anchors, sampling, drafts)
-        return after.choice, lat.first_rows(cohort, state.rows)
+        return after.row_choice, lat.first_rows(cohort, state.rows)
 
     if state.spawning is None:
         choice, cohort = drafted()
     else:
         first = jax.lax.axis_index(STAGE) == 0
-        choice, cohort = jax.lax.cond(first, drafted, lambda: (state.choice, state.spawning))
+        choice, cohort = jax.lax.cond(first, drafted, lambda: (state.row_choice, state.spawning))
         state = state._replace(spawning=cohort)
-    return loop.spawn(state._replace(choice=choice, hidden=moved), cohort)
+    return loop.spawn(state._replace(row_choice=choice, hidden=moved), cohort)
 
 
 def no_cohort(sequences: int, rows: int) -> Cohort:
@@ -324,7 +324,7 @@ def through_stages(
                 out, found = run_rows(device.model, memory, x[:, :width], *about)
                 return fill(out, 1, rows), jax.tree.map(lambda each: fill(each, 2, rows), found)
 
-            return first(rows) if used is None else climb(used, row_counts(counts, rows), first)
+            return first(rows) if used is None else run_rung(used, row_counts(counts, rows), first)
 
         if device.layout.devices == 1:
             return run(x, fresh)

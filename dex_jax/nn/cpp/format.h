@@ -19,8 +19,9 @@ struct Format {
   void (*multiply)(const FewRows& rows, int64_t begin, int64_t end);
   void (*pack)(const void* kernel, int64_t count, int64_t in, Vector* packed);
 
-  // For tiles: their columns, words and halves, and Tiles::Multiply.
+  // For tiles: their columns, words and halves, RoundRow and Tiles::Multiply.
   int64_t columns, words, halves;
+  void (*round_row)(const float* row, int64_t in, Digits* digits, About* about);
   void (*multiply_tiles)(const Rows& rows, int64_t first, int64_t count, const uint8_t* tiles, float* result);
 
   int64_t bytes_of(int64_t in) const {  // of a row of the kernel
@@ -41,7 +42,7 @@ constexpr Format NumbersOf() {
 
 template <typename Packed>
 constexpr Format TilesOf() {
-  return {0, nullptr, nullptr, Packed::kColumns, Packed::kTileWords, Packed::kHalves, Tiles<Packed>::Multiply};
+  return {0, nullptr, nullptr, Packed::kColumns, Packed::kTileWords, Packed::kHalves, RoundRow, Tiles<Packed>::Multiply};
 }
 
 }  // namespace dex_jax

@@ -174,8 +174,7 @@ void MultiplyTiles(const Threads& threads, const Format& format, const float* ro
   auto* const digits = reinterpret_cast<Digits*>(Scratch<true>(needed / sizeof(Vector) + 1));
   auto* const about = reinterpret_cast<About*>(digits + live * blocks);
   EachRow(threads, live, 4 * in, [&](int64_t r) {
-    for (int64_t b = 0; b < blocks; ++b)
-      Round(rows + index[r] * in + b * kBlockColumns, in - b * kBlockColumns, digits + r * blocks + b, about + r * blocks + b);
+    format.round_row(rows + index[r] * in, in, digits + r * blocks, about + r * blocks);
   });
   // Rows stay in a core's first cache while the tiles of a piece go by.
   const int64_t groups = Quotient(out, kOutputs), share = groups / std::max<int64_t>(1, 4 * threads.num_threads());

@@ -94,6 +94,11 @@ inline void Round(const float* row, int64_t count, Digits* digits, About* about)
   *about = {scale, scale * static_cast<float>(first + second), first, second};
 }
 
+// Rounds the blocks of a row of `in` numbers.
+inline void RoundRow(const float* row, int64_t in, Digits* digits, About* about) {
+  for (; in > 0; row += kBlockColumns, in -= kBlockColumns) Round(row, in, digits++, about++);
+}
+
 // The codes of four columns for the output of each lane.
 typedef uint8_t Bytes __attribute__((vector_size(4 * kLanes)));
 
