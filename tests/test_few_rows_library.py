@@ -6,7 +6,6 @@ import ctypes
 import hashlib
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 import sanitized_kernels
+from builds import BUILDS, BYTES, PAIRS, ROUNDING, built, format_of
 from conftest import slow
 from reference.blocks import random_blocks
 from test_few_rows import COMPILER, needs_compiler
@@ -188,26 +188,16 @@ def test_sanitizers_find_nothing_in_the_kernels_on_ragged_empty_and_wrong_shapes
     assert (run.returncode, run.stdout.strip()) == (0, "clean"), run.stderr[:4000]
 
 
-INSTRUCTIONS = {
-    "VNNI": ("-mno-avx512vnni", "-mno-avxvnni"),
-    "AVX2 with VNNI": ("-mno-avx512f",),
-    "AVX2": ("-mno-avx512f", "-mno-avxvnni"),
-    "none": ("-mno-avx512f", "-mno-avx2", "-mno-avx", "-mno-fma", "-mno-f16c", "-O1"),  # compiles sooner
-}
-
-
 @needs_compiler
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names instructions of x86")
-@pytest.mark.parametrize("missing", INSTRUCTIONS)
+@pytest.mark.parametrize("name", BUILDS)
 @pytest.mark.parametrize(
     "format", ["Q4_1", INT8, "Q6_K", *(slow(each) for each in FORMATS if each not in ("Q4_1", "Q6_K"))]
 )
-def test_products_are_the_same_to_the_last_bit_whatever_instructions_there_are(format, missing) -> None:
-    """The library of a format is compiled again for a machine with fewer instructions, under another name."""
+def test_products_are_the_same_to_the_last_bit_whatever_instructions_there_are(format, name) -> None:
+    """The library of a format is compiled again as another CPU would, and goes by another name."""
     few_rows._load(format)
-    own = ctypes.CDLL(str(few_rows.library(format, INSTRUCTIONS[missing])))
-    name = f"{format} without {missing}"
-    few_rows._registered().dex_jax_load(name.encode(), ctypes.byref(ctypes.c_char.in_dll(own, "dex_jax_format")))
+    other = f"{format} by {name}"
+    few_rows.load_as(other, format_of(built(format, name)))
     generator = np.random.default_rng(0)
     for rows, outputs, blocks in [(1, 16, 1), (7, 37, 2), (16, 64, 3), (45, 5, 1)]:
         if format == INT8:
@@ -218,27 +208,39 @@ def test_products_are_the_same_to_the_last_bit_whatever_instructions_there_are(f
         x = generator.normal(size=(rows, width)).astype("f") * 10.0 ** generator.integers(-9, 9, (rows, 1))
         tiles, shape = in_tiles(kernel, format), jax.ShapeDtypeStruct((rows, outputs), np.float32)
         found = [
-            jax.ffi.ffi_call(few_rows.PRODUCT, shape)(x.astype("f"), tiles, format=each) for each in (format, name)
+            jax.ffi.ffi_call(few_rows.PRODUCT, shape)(x.astype("f"), tiles, format=each) for each in (format, other)
         ]
         np.testing.assert_array_equal(*found)
 
 
+@needs_compiler
+def test_a_format_that_reads_rows_in_another_layout_is_refused() -> None:
+    assert few_rows.ready()
+    bytes_, pairs = (ctypes.CDLL(str(few_rows.library("Q4_1", (layout,)))) for layout in (BYTES, PAIRS))
+    for reads, rounds in ((bytes_, pairs), (pairs, bytes_)):
+        wrong = type(format_of(reads))(*format_of(reads))
+        few_rows.load_as("a copy", wrong)
+        wrong[ROUNDING] = format_of(rounds)[ROUNDING]
+        with pytest.raises(DexError, match="kernels for a wrong pair do not fit"):
+            few_rows.load_as("a wrong pair", wrong)
+        call = jax.ffi.ffi_call(few_rows.PRODUCT, jax.ShapeDtypeStruct((1, 1), np.float32))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="a wrong pair have not been loaded"):
+            call(np.zeros((1, 32), np.float32), np.zeros((1, 20), np.uint8), format="a wrong pair")
+    numbers = ctypes.CDLL(str(few_rows.library("float32")))
+    wrong = type(format_of(numbers))(*format_of(numbers))
+    wrong[1] = 24 - wrong[1]  # vectors of 16 numbers where there are 8, and of 8 where there are 16
+    with pytest.raises(DexError, match="layout"):
+        few_rows.load_as("numbers of another CPU", wrong)
+
+
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names instructions of x86")
-def test_all_kernels_are_the_same_without_vector_instructions(tmp_path) -> None:
-    own = {"XDG_CACHE_HOME": str(tmp_path), "CXX": quick_compiler(tmp_path, *INSTRUCTIONS["none"])}
+@pytest.mark.parametrize("name", [name for name in BUILDS if name.startswith("none")])
+def test_all_kernels_are_the_same_without_vector_instructions(tmp_path, name) -> None:
+    own = {"XDG_CACHE_HOME": str(tmp_path), "CXX": quick_compiler(tmp_path, *BUILDS[name].flags)}
     for test in ("test_a_product_is_that_of_rounded_rows", "test_what_is_not_finite"):
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-n0",
-            str(Path(__file__).with_name("test_packed.py")),
-            "-k",
-            test,
-        ]
+        file = str(Path(__file__).with_name("test_packed.py"))
+        command = [sys.executable, "-m", "pytest", "-q", "-n0", file, "-k", test]
         subprocess.run(command, env=os.environ | own, check=True)
 
 

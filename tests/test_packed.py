@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builds import BYTES, PAIRS, format_of
 from conftest import slow
 from reference.blocks import assert_rounded_product, dequantised, random_blocks
 from test_few_rows import needs_compiler, random
@@ -220,6 +223,29 @@ def test_every_method_gives_ars_tokens(models, kind, names) -> None:
         dense = dex_jax.generate(models["dense"], PROMPTS, method=METHODS["drafts"], **OPTIONS)
         np.testing.assert_array_equal(dense.tokens, outs["ar"].tokens)
         np.testing.assert_array_equal(dense.stats.exits, outs["drafts"].stats.exits)
+
+
+@needs_compiler
+def test_a_text_is_the_same_by_the_libraries_of_either_layout(models) -> None:
+    lm, options = models["stored"], OPTIONS | {"max_new_tokens": 32}
+    formats = lm.weights_kind.split(" and ")
+
+    def decoded() -> tuple[np.ndarray, np.ndarray]:
+        tokens = dex_jax.generate(lm, PROMPTS[:1], method=METHODS["drafts"], **options).tokens
+        return tokens, lm.logits(np.asarray([PROMPTS[0] + tokens[0].tolist()]))
+
+    wanted = decoded()
+    assert wanted[0].shape == (1, 32)
+    try:
+        for layout in (BYTES, PAIRS):
+            for format in formats:
+                library = ctypes.CDLL(str(few_rows.library(format, (layout,))))
+                few_rows.load_as(format, format_of(library))
+            chex.assert_trees_all_equal(decoded(), wanted)
+    finally:
+        few_rows._load.cache_clear()  # which loads this CPU's own again
+        for format in formats:
+            few_rows._load(format)
 
 
 @needs_compiler

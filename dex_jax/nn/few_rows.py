@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.errors import DexError
+from dex_jax.io.whole_files import cache_folder
 from dex_jax.nn import native
 from dex_jax.nn.products import ASSUMED, for_one_device
 
@@ -43,8 +44,6 @@ MISSING = (
     "pip install ziglang"
 )
 """The line that is printed once where the C++ files cannot be compiled."""
-
-_formats: set[str] = set()  # that products know
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays", "number"], meta_fields=[])
@@ -243,6 +242,7 @@ def _registered() -> ctypes.CDLL | None:
         return None
     for target in (NORM, PRODUCT, ATTENTION, TURN, GATE, WRITE):
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(compiled, target)), platform="cpu")
+    compiled.dex_jax_load.restype = ctypes.c_char_p
     return compiled
 
 
@@ -257,8 +257,21 @@ def _load(format: str) -> None:
     except (OSError, subprocess.CalledProcessError) as error:
         what = f"the C++ kernels for {format} cannot be built, though others were"
         raise DexError(f"{what}: {error} (DEX_JAX_NATIVE=0 in the environment does without them)") from error
-    known.dex_jax_load(format.encode(), ctypes.byref(ctypes.c_char.in_dll(compiled, "dex_jax_format")))
-    _formats.add(format)
+    load_as(format, ctypes.c_char.in_dll(compiled, "dex_jax_format"))
+
+
+def load_as(name: str, format: Any) -> None:
+    """Make a Format (cpp/format.h), a ctypes object, known to products by a name.
+
+    Raises:
+      DexError: it reads rows in another layout than they have: it was built for another CPU than what rounds them.
+    """
+    known = _registered()
+    assert known is not None
+    refusal = known.dex_jax_load(name.encode(), ctypes.byref(format))
+    if refusal is not None:
+        why = f"the C++ kernels for {name} do not fit the others: {refusal.decode()}"
+        raise DexError(f"{why} (remove {cache_folder() / 'native'}, so that all are built for this CPU)")
 
 
 def kept_dtype(dtype: jnp.dtype) -> jnp.dtype:

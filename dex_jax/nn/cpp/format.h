@@ -12,16 +12,34 @@
 
 namespace dex_jax {
 
+// How rows lie that a product reads: in vectors of 8 or of 16 numbers, or rounded, as digits of bytes or as 16-bit numbers.
+enum Layout : int64_t { kVectorsOf8 = 8, kVectorsOf16 = 16, kBytes = 1, kPairs = 2 };
+
+constexpr Layout kPacked = static_cast<Layout>(kLanes);
+#if defined(DEX_JAX_BYTES)
+constexpr Layout kRounded = kBytes;
+#else
+constexpr Layout kRounded = kPairs;
+#endif
+
+// How rows are rounded: to which layout, in how many bytes a block, and RoundRow.
+struct Rounding {
+  Layout layout;
+  int64_t block_bytes;
+  void (*round_row)(const float* row, int64_t in, void* digits, About* about);
+};
+
 struct Format {
   int64_t weight_bytes;  // of numbers; 0 for tiles
+  Layout layout;         // of the rows that it reads
 
   // For numbers: the product of few rows with outputs [begin, end), and Pack for outputs that many rows are multiplied with.
   void (*multiply)(const FewRows& rows, int64_t begin, int64_t end);
   void (*pack)(const void* kernel, int64_t count, int64_t in, Vector* packed);
 
-  // For tiles: their columns, words and halves, RoundRow and Tiles::Multiply.
+  // For tiles: their columns, words and halves, how their rows are rounded, and Tiles::Multiply.
   int64_t columns, words, halves;
-  void (*round_row)(const float* row, int64_t in, Digits* digits, About* about);
+  Rounding rounding;
   void (*multiply_tiles)(const Rows& rows, int64_t first, int64_t count, const uint8_t* tiles, float* result);
 
   int64_t bytes_of(int64_t in) const {  // of a row of the kernel
@@ -37,12 +55,20 @@ constexpr Format NumbersOf() {
   const auto multiply = [](const FewRows& rows, int64_t begin, int64_t end) {
     FewRowsOf<Weight>{rows}.Outputs(begin, end);
   };
-  return {sizeof(Weight), multiply, Pack<kTileOutputs, Weight>};
+  return {sizeof(Weight), kPacked, multiply, Pack<kTileOutputs, Weight>};
 }
 
 template <typename Packed>
 constexpr Format TilesOf() {
-  return {0, nullptr, nullptr, Packed::kColumns, Packed::kTileWords, Packed::kHalves, RoundRow, Tiles<Packed>::Multiply};
+  return {0,
+          kRounded,
+          nullptr,
+          nullptr,
+          Packed::kColumns,
+          Packed::kTileWords,
+          Packed::kHalves,
+          {kRounded, sizeof(Digits), RoundRow},
+          Tiles<Packed>::Multiply};
 }
 
 }  // namespace dex_jax

@@ -256,10 +256,14 @@ Refusal Write(const Call& call) {
 
 }  // namespace
 
-// Makes a format known that format.cc has been compiled for; it stays loaded.
-extern "C" void dex_jax_load(const char* name, const Format* format) {
+// Makes a format known that format.cc has been compiled for; it stays loaded. Returns null, or the reason for a refusal: rows
+// that lie otherwise than it reads them would give wrong numbers.
+extern "C" const char* dex_jax_load(const char* name, const Format* format) {
+  const Layout given = format->weight_bytes > 0 ? kPacked : format->rounding.layout;
+  if (format->layout != given) return "it reads rows in another layout than they are given in";
   const std::lock_guard<std::mutex> lock(loading);
   loaded[name] = format;
+  return nullptr;
 }
 
 extern "C" XLA_FFI_Error* dex_jax_product(XLA_FFI_CallFrame* frame) { return Handle(frame, Product); }

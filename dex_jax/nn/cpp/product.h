@@ -170,11 +170,12 @@ void MultiplyTiles(const Threads& threads, const Format& format, const float* ro
                    int64_t count, int64_t in, int64_t out) {
   const std::vector<int64_t> index = Live(rows, result, count, in, out);
   const int64_t live = index.size(), blocks = Quotient(in, kBlockColumns), bytes = format.bytes_of(in);
-  const int64_t needed = live * blocks * static_cast<int64_t>(sizeof(Digits) + sizeof(About));
-  auto* const digits = reinterpret_cast<Digits*>(Scratch<true>(needed / sizeof(Vector) + 1));
-  auto* const about = reinterpret_cast<About*>(digits + live * blocks);
+  const int64_t row_bytes = blocks * format.rounding.block_bytes;
+  const int64_t needed = live * (row_bytes + blocks * static_cast<int64_t>(sizeof(About)));
+  auto* const digits = reinterpret_cast<char*>(Scratch<true>(needed / sizeof(Vector) + 1));
+  auto* const about = reinterpret_cast<About*>(digits + live * row_bytes);
   EachRow(threads, live, 4 * in, [&](int64_t r) {
-    format.round_row(rows + index[r] * in, in, digits + r * blocks, about + r * blocks);
+    format.rounding.round_row(rows + index[r] * in, in, digits + r * row_bytes, about + r * blocks);
   });
   // Rows stay in a core's first cache while the tiles of a piece go by.
   const int64_t groups = Quotient(out, kOutputs), share = groups / std::max<int64_t>(1, 4 * threads.num_threads());

@@ -6,7 +6,9 @@
 // the same to the last bit whatever rows are beside it, however many threads work, and whatever instructions the CPU has.
 //
 // CPUs with an instruction for dot products of four bytes (VNNI; ARM's dot product) multiply the two digits of 8 bits that a
-// number has. All others widen the codes to 16 bits, once for all rows, and multiply pairs of whole numbers.
+// number has. All others widen the codes to 16 bits, once for all rows, and multiply pairs of whole numbers. Either layout of
+// rows is compiled for any CPU with -DDEX_JAX_BYTES or -DDEX_JAX_PAIRS, as tests do; where the instruction is missing, plain
+// C++ stands for it.
 
 #ifndef DEX_JAX_TILES_H_
 #define DEX_JAX_TILES_H_
@@ -30,14 +32,16 @@ constexpr int kMostRows = 16;  // rows that are multiplied while a tile is in re
 // The largest number of a block: both digits of it, and of its opposite, fit into an int8.
 constexpr float kLargest = 127 * 256;
 
+#if !defined(DEX_JAX_BYTES) && !defined(DEX_JAX_PAIRS)
 #if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__)) || defined(__ARM_FEATURE_DOTPROD)
-#define DEX_JAX_DOT_OF_BYTES
+#define DEX_JAX_BYTES
+#endif
 #endif
 
 // A block of a row, whose numbers stand for `scale` times as much. Number i is 256 * high[i] + low[i], or lies in `numbers`: of
 // each four columns the first and third, then the second and fourth, as widened codes lie.
 struct alignas(64) Digits {
-#if defined(DEX_JAX_DOT_OF_BYTES)
+#if defined(DEX_JAX_BYTES)
   int8_t high[kBlockColumns], low[kBlockColumns];
 
   void Set(const int32_t* from) {
@@ -94,9 +98,10 @@ inline void Round(const float* row, int64_t count, Digits* digits, About* about)
   *about = {scale, scale * static_cast<float>(first + second), first, second};
 }
 
-// Rounds the blocks of a row of `in` numbers.
-inline void RoundRow(const float* row, int64_t in, Digits* digits, About* about) {
-  for (; in > 0; row += kBlockColumns, in -= kBlockColumns) Round(row, in, digits++, about++);
+// Rounds the blocks of a row of `in` numbers into Digits.
+inline void RoundRow(const float* row, int64_t in, void* digits, About* about) {
+  auto* to = static_cast<Digits*>(digits);
+  for (; in > 0; row += kBlockColumns, in -= kBlockColumns) Round(row, in, to++, about++);
 }
 
 // The codes of four columns for the output of each lane.
@@ -108,21 +113,24 @@ constexpr int kSignedZero = 0;  // Instructions there take signed codes.
 constexpr int kSignedZero = 128;  // Elsewhere they take unsigned ones: signed codes are raised by this number.
 #endif
 
-#if defined(DEX_JAX_DOT_OF_BYTES)
+#if defined(DEX_JAX_BYTES)
 // Adds products of codes and four digits, which are the same for all lanes.
 inline Integers Dot(Integers sum, Bytes codes, const int8_t* four) {
-  int32_t word;
+  [[maybe_unused]] int32_t word;
   std::memcpy(&word, four, sizeof(word));
 #if defined(__AVX512VNNI__)
   return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(word));
-#elif defined(__AVXVNNI__)
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
   return (Integers)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, _mm256_set1_epi32(word));
-#else
+#elif defined(__ARM_FEATURE_DOTPROD)
   int32x4_t sums[kLanes / 4];
   int8x16_t own[kLanes / 4];
   std::memcpy(sums, &sum, sizeof(sum)), std::memcpy(own, &codes, sizeof(codes));
   for (int i = 0; i < kLanes / 4; ++i) sums[i] = vdotq_s32(sums[i], own[i], vreinterpretq_s8_s32(vdupq_n_s32(word)));
   std::memcpy(&sum, sums, sizeof(sum));
+  return sum;
+#else
+  for (int i = 0; i < 4; ++i) sum += ((Integers)codes >> 8 * i & 255) * four[i];
   return sum;
 #endif
 }
@@ -142,8 +150,7 @@ inline Integers Dot(Integers sum, Pairs codes, const int16_t* two) {
   return sum + (Integers)_mm256_madd_epi16((__m256i)codes, _mm256_set1_epi32(word));
 #endif
 #endif
-  for (int lane = 0; lane < kLanes; ++lane) sum[lane] += codes[2 * lane] * two[0] + codes[2 * lane + 1] * two[1];
-  return sum;
+  return sum + ((Integers)codes << 16 >> 16) * two[0] + ((Integers)codes >> 16) * two[1];
 }
 #endif
 
@@ -310,15 +317,15 @@ struct Q6_K : Q4_0 {
   }
 };
 
-// Rounded rows: the blocks of row r begin at r * blocks.
+// Rounded rows: the blocks of row r, which are Digits, begin at r * blocks.
 struct Rows {
-  const Digits* digits;
+  const void* digits;
   const About* about;
   int64_t blocks;
 };
 
 // The codes of a part as they are multiplied: `kWide` registers of outputs with `kTogether` rows, whose sums stay in registers.
-#if defined(DEX_JAX_DOT_OF_BYTES)
+#if defined(DEX_JAX_BYTES)
 constexpr int kWide = 1, kTogether = 1, kUnrolled = kMostRows;
 
 struct Codes {
@@ -391,7 +398,7 @@ struct Tiles {
   static __attribute__((noinline)) void Add(const Rows& rows, int64_t first, const uint8_t* tiles, int lane, float* result) {
     constexpr int together = R < kTogether ? R : kTogether;
     Vector totals[R][kWide] = {};
-    const Digits* digits = rows.digits + first * rows.blocks;
+    const Digits* digits = static_cast<const Digits*>(rows.digits) + first * rows.blocks;
     const About* about = rows.about + first * rows.blocks;
     for (int64_t block = 0; block < rows.blocks; tiles += kTileBytes) {
       for (int line = 0; line < kTileBytes; line += kLine) __builtin_prefetch(tiles + kAhead + line);
