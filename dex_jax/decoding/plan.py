@@ -55,6 +55,8 @@ class Plan:
     decs: bool = True  # whether depth-coupled sampling is on
     drafts: TreeShape | None = None  # how much exit 0 drafts below a head of a cohort; None for nothing
     loop: Any = "dex"  # what runs it: a name of loops.LOOPS, or a Loop of a user's own
+    # The rows and drafts that a Dex asks for: a drafter brings its own tree for them. None for a tree of the method's own.
+    tree_for: Dex | None = dataclasses.field(default=None, compare=False, repr=False)
 
     # ModelConfig; fields from here on depend on the model.
     config: Any = dataclasses.field(default=None, repr=False)
@@ -81,6 +83,12 @@ class Plan:
     def has_lattice(self) -> bool:
         """True if DEX's loop runs, the only one with a lattice."""
         return self.loop == "dex"
+
+    @property
+    def asks_drafter(self) -> bool:
+        """True if a drafter at hand would be asked: a tree is chosen for it, or one of the method's own has its levels."""
+        chosen = self.tree_for is not None and self.tree_for.draft is True
+        return self.drafts is not None and (chosen or self.drafts.drafter_levels > 0)
 
     @property
     def ahead(self) -> int:
@@ -155,14 +163,17 @@ def plan_for(method: Method, num_layers: int) -> Plan:
     if not isinstance(method.decs, bool):
         raise DexError(f"decs must be True or False, not {method.decs!r}")
     depths = _depths(method, num_layers)
-    return _with_tree(Plan("dex", depths, decs=method.decs), method, None)
+    return _with_tree(Plan("dex", depths, decs=method.decs, tree_for=method), None)
 
 
-def _with_tree(plan: Plan, method: Dex, drafter: GivenDrafter | None) -> Plan:
+def _with_tree(plan: Plan, drafter: GivenDrafter | None) -> Plan:
     """Return the plan with rows W and a tree for the drafter, None for the text alone.
 
     Ticks choose rows from the largest tree. With given rows every tick runs the largest tree that fits them.
     """
+    method = plan.tree_for
+    if method is None:
+        return plan
     if method.draft is not True:
         drafts = method.draft or None
         return dataclasses.replace(plan, drafts=drafts, rows=rows_of(method, plan.stages, drafts))
@@ -242,11 +253,11 @@ def resolve(method: Method, exits: GivenExits, config: ModelConfig, fingerprint:
         raise DexError(
             f"{found.source} holds exits at depths, and one explorer has none: give more explorers, or leave it out"
         )
-    if plan.drafts is None:
-        if found.own == "drafter":
-            raise DexError(f"{found.drafter_source} holds a drafter, and the method has none: leave it out")
-        return plan
-    return _with_drafter(plan, method, found, config)
+    if plan.asks_drafter:
+        return _with_drafter(plan, found, config)
+    if found.own == "drafter":
+        raise DexError(f"{found.drafter_source} holds a drafter, and the method asks none: leave it out")
+    return plan
 
 
 def _with_exits(plan: Plan, found: Found, config: ModelConfig, given_depths: bool) -> Plan:
@@ -283,7 +294,7 @@ def _with_exits(plan: Plan, found: Found, config: ModelConfig, given_depths: boo
     )
 
 
-def _with_drafter(plan: Plan, method: Any, found: Found, config: ModelConfig) -> Plan:
+def _with_drafter(plan: Plan, found: Found, config: ModelConfig) -> Plan:
     drafter, source, remarks = found.drafter, found.drafter_source, plan.remarks
     if drafter is None:
         return plan
@@ -301,8 +312,7 @@ def _with_drafter(plan: Plan, method: Any, found: Found, config: ModelConfig) ->
         raise DexError(f"{source} has layers of its own and drafts for one explorer: give explorers=1")
     else:
         drafter = fitted(drafter, config)
-    if isinstance(method, Dex):
-        plan = _with_tree(plan, method, drafter)
+    plan = _with_tree(plan, drafter)
     heads = plan.heads._replace(drafter=drafter)
     return dataclasses.replace(plan, heads=heads, drafter_source=source, remarks=remarks)
 
