@@ -6,6 +6,7 @@ import dataclasses
 import json
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -111,13 +112,31 @@ def test_promises_that_are_not_kept_end_drafts_and_are_made_again_after_a_while(
     assert choice.ran[0].tolist() == [399, 0, 0, 0, 0, sum(called)]
 
 
+def test_a_text_that_drafts_nothing_rests_and_looks_again_now_and_then() -> None:
+    choice, going, one = choice_with(), jnp.ones(1, bool), jnp.ones(1)
+    looked, none = [], jnp.zeros(1)
+    for tick in range(40):
+        looked += [] if row_choice.rests(choice, going) else [tick]
+        about = (jnp.int32(0), one, jnp.int32(0), none, none)
+        choice = row_choice.updated(choice, choice.length + 1, one, *about)
+    assert looked == [*range(9), 16, 24, 32]
+    drafted = row_choice.updated(choice, choice.length + 1, one, jnp.int32(1), one, jnp.int32(0), none, none)
+    assert not row_choice.rests(drafted, going)
+    two = jax.tree.map(lambda *each: jnp.concatenate(each), choice._replace(costs=()), drafted._replace(costs=()))
+    two = two._replace(costs=choice.costs)
+    assert not row_choice.rests(two, jnp.ones(2, bool))
+    assert row_choice.rests(two, jnp.asarray([True, False])), "a sequence that is done counts for nothing"
+    assert row_choice.rests(drafted._replace(costs=jnp.asarray(TickCosts(COUNTS).of_plain_ticks())), going)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_what_ticks_cost_is_learnt_from_the_time_of_some_together(seed: int) -> None:
     random = np.random.default_rng(seed)
     true = np.array([1.0, *np.cumsum(random.uniform(0.05, 0.6, 4)) + 1, random.uniform(0.3, 0.6)])
     found = TickCosts(COUNTS)
-    for _ in range(300):
+    for number in range(300):
         ran = np.append(random.multinomial(4, random.dirichlet([1] * 5)), random.integers(0, 8))
+        ran = np.array([6, 0, 0, 0, 0, 0]) if number % 30 == 0 else ran
         load = 3 if random.random() < 0.03 else 1
         found.learn(ran, 0.007 * load * (ran @ true) * random.normal(1, 0.05))
     assert found.relative()[0] == 1
@@ -126,13 +145,39 @@ def test_what_ticks_cost_is_learnt_from_the_time_of_some_together(seed: int) -> 
     assert np.all(np.diff(found.relative()[:-1]) >= 0)
 
 
+PLAIN, MIXED = np.array([6, 0, 0, 0, 0, 0]), np.array([10, 4, 2, 0, 0, 3])
+
+
+def test_a_plain_tick_is_timed_alone() -> None:
+    found = TickCosts(COUNTS)
+    assert found.plain_seconds is None
+    found.learn(MIXED, 0.1)
+    assert found.due
+    assert found.plain_seconds is None, "others do not say what a plain tick takes"
+    np.testing.assert_array_equal(found.relative(), np.float32(usual_costs(COUNTS)))
+    found.learn(PLAIN, 0.120)  # the first of a process takes longer
+    for _ in range(2):
+        assert not found.due
+        found.learn(MIXED, 0.1)
+        assert found.due, "soon again"
+        found.learn(PLAIN, 0.030)
+    assert found.plain_seconds == 0.005
+    for ticks in range(0, costs.LATER, 16):
+        assert not found.due, ticks
+        found.learn(MIXED, 0.7)
+    assert found.due
+    assert found.plain_seconds == 0.005, "however long others took"
+    assert found.relative()[1] > 1.5, "those are what is dear"
+
+
 def test_costs_that_load_spoilt_mend_themselves() -> None:
     random, true = np.random.default_rng(0), np.array(usual_costs(COUNTS))
     found = TickCosts(COUNTS, stored=[1.0, 3.0, 6.0, 12.0, 24.0, 1.0])
+    found.learn(PLAIN, 0.042)
     for _ in range(60):
-        found.learn(np.array([4, 0, 0, 0, 0, 0]), 0.028 * random.normal(1, 0.05))
+        found.learn(np.array([15, 0, 0, 0, 0, 1]), 0.007 * 15.1 * random.normal(1, 0.05))
     assert found.relative()[1] < 2.4, "what does not run is forgotten"
-    for _ in range(30):
+    for _ in range(60):
         ran = np.append(random.multinomial(4, [0.4, 0.3, 0.2, 0.1, 0.0]), 4)
         found.learn(ran, 0.007 * (ran @ true))
     np.testing.assert_allclose(found.relative()[:3], true[:3], rtol=0.15)
@@ -151,7 +196,7 @@ def test_costs_are_kept_for_later_processes(file, monkeypatch) -> None:
     assert costs_of(COUNTS, "a model") is first
     for _ in range(200):
         for rows in range(5):
-            first.learn(np.eye(6)[rows] * 4, 0.01 * (1 + rows))
+            first.learn(np.eye(6, dtype=int)[rows] * 4, 0.01 * (1 + rows))
     first.keep()
     monkeypatch.setattr(costs, "_LEARNT", {})
     np.testing.assert_allclose(costs_of(COUNTS, "a model").relative(), first.relative(), rtol=1e-6)
@@ -197,7 +242,8 @@ def test_the_default_gives_the_tokens_of_ar_and_learns(file) -> None:
     assert np.array_equal(out.tokens, plain.tokens)
     assert out.stats.plan.choice == "one explorer with drafts"
     (learnt,) = costs._LEARNT.values()
-    assert learnt.seconds is not None
+    assert learnt.plain_seconds is not None
+    assert out.stats.row_seconds == learnt.plain_seconds
     given_rows = [dex_jax.generate(lm, prompts, method=Dex(rows=4), max_new_tokens=20) for _ in range(2)]
     assert np.array_equal(given_rows[0].stats.ticks, given_rows[1].stats.ticks)
     assert np.array_equal(given_rows[0].tokens, plain.tokens)

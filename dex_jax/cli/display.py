@@ -134,10 +134,12 @@ def _measured(output: Output) -> list[str]:
     if not ran:
         return []
     line = f"ticks of {', '.join(map(str, ran))} rows: {', '.join(map(str, ran.values()))}"
-    if stats.row_seconds is not None and stats.decode_seconds > 0:
-        alone = stats.row_seconds * (int(output.lengths.max()) - 1)
-        line += f"; one of 1 row took {1000 * stats.row_seconds:.1f} ms here, so "
-        line += f"AR would have taken about {alone / stats.decode_seconds:.2f} times as long"
+    if stats.row_seconds is not None and stats.ticks is not None and stats.decode_seconds > 0:
+        # No tick is faster than a plain one, so no more than the tokens of a tick can be gained.
+        steps, ticks = int(output.lengths.max()) - 1, int(stats.ticks.max())
+        gain = min(stats.row_seconds * steps / stats.decode_seconds, steps / max(ticks, 1))
+        line += f"; one of 1 row without drafts takes {1000 * stats.row_seconds:.1f} ms here, so AR would have taken "
+        line += f"about {gain:.2f} times as long"
     return [line]
 
 

@@ -20,10 +20,10 @@ def json_record(row: int, output: Output, prompt: Any, seed: int | None, check: 
     choice (why the method was chosen, null where it was given), depths, rows, exits_source (null for K = 1),
     drafter_source (null without a drafter), ticks, exits (born_at of each token), depth_side_speedup (null for one
     token), rows_run (how many ticks of the batch ran so many rows, by rows; {} where all run the same), row_seconds (of
-    a tick of one row, null where too few ran), compile_seconds, prefill_seconds and decode_seconds (of the
-    whole batch), tokens_per_second ((n - 1) / decode_seconds of this sequence, null for one token), device, dtype,
-    weights (the dtype, or the formats of packed ones), seed (null when greedy), and check when requested (identical,
-    first_divergence, top2_margin; see dex_jax.decoding.check).
+    a tick of one row without drafts, null where none was timed), compile_seconds, prefill_seconds and decode_seconds
+    (of the whole batch), tokens_per_second ((n - 1) / decode_seconds of this sequence, null for one token), device,
+    dtype, weights (the dtype, or the formats of packed ones), seed (null when greedy), and check when requested
+    (identical, first_divergence, top2_margin; see dex_jax.decoding.check).
     """
     stats, length = output.stats, int(output.lengths[row])
     of_plan, of_all = ("choice", "exits_source", "drafter_source"), ("device", "dtype", "weights")

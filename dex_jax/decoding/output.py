@@ -26,7 +26,8 @@ class Stats:
       depth_side_speedup: [B] float64, K (n - 1) / ticks, NaN for n = 1: the speedup over AR if K explorers ran truly
         side by side and heads and communication were free, for K = 1 tokens a tick; None where there are no ticks.
       rows_run: number of ticks by the rows that they ran; empty where ticks do not choose them, or go by usual costs.
-      row_seconds: estimated seconds of a tick of one row, which does what a step of AR does; None where too few ran.
+      row_seconds: measured seconds of a tick of one row without drafts, which does what a step of AR does; None where
+        none was timed.
       counts: what a loop of one's own counts, [B] each, by name; empty for AR and DEX.
       compile_seconds, prefill_seconds, decode_seconds: wall-clock seconds of the whole batch, none counted twice.
       device, dtype: the device, and the dtype of the computation.

@@ -55,7 +55,7 @@ class Plan:
     decs: bool = True  # whether depth-coupled sampling is on
     drafts: TreeShape | None = None  # how much exit 0 drafts below a head of a cohort; None for nothing
     loop: Any = "dex"  # what runs it: a name of loops.LOOPS, or a Loop of a user's own
-    # The rows and drafts that a Dex asks for: a drafter brings its own tree for them. None for a tree of the method's own.
+    # The rows and drafts that a Dex asks for, as a drafter has its own trees for them; None for a tree that stays.
     tree_for: Dex | None = dataclasses.field(default=None, compare=False, repr=False)
 
     # ModelConfig; fields from here on depend on the model.
@@ -86,7 +86,7 @@ class Plan:
 
     @property
     def asks_drafter(self) -> bool:
-        """True if a drafter at hand would be asked: a tree is chosen for it, or one of the method's own has its levels."""
+        """True if a drafter at hand would be asked: a tree is chosen for it, or the method's own has levels for one."""
         chosen = self.tree_for is not None and self.tree_for.draft is True
         return self.drafts is not None and (chosen or self.drafts.drafter_levels > 0)
 

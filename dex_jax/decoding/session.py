@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dex_jax.decoding import ar
-from dex_jax.decoding.costs import TickCosts, costs_of
+from dex_jax.decoding.costs import PLAIN_TICKS, TickCosts, costs_of
 from dex_jax.decoding.dex.drafters import drafter_arrays, exit_zero
 from dex_jax.decoding.dex.interface import Chunk
 from dex_jax.decoding.dex.own_layers import EagleDrafter
@@ -132,9 +132,6 @@ RUN = CompiledFunction(run_ticks, static=("plan",), donate=(2,), level=1)
 PROGRAMS = (PREFILL, START, RUN)
 
 
-SEEN = 8
-"""Number of one-row ticks that must have run before their time is reported."""
-
 _READY: set[Any] = set()
 """The kinds of sessions that have all their programs ready."""
 
@@ -182,6 +179,7 @@ class Session:
         self.prompt = None if drafts is None else np.pad(self.padded, ((0, 0), (0, self.cache_length - bucket)))
         self.heads = Heads()
         self.state: Any = None
+        self.program: Any = None  # RUN for this session, once it has run
         self.costs: TickCosts | None = None
         # Clocks of several processes differ, and all of them must choose alike, so they go by the usual costs.
         if self.plan.has_lattice and drafts is not None and drafts.rungs and jax.process_count() == 1:
@@ -290,30 +288,49 @@ class Session:
         return Heads(exits, None if drafter is None else drafter_arrays(drafter, model))
 
     def advance(self, ticks: int) -> Record:
-        """Run at most `ticks` more ticks and return the record on the host."""
+        """Run about `ticks` more ticks and return the record on the host."""
+        costs = self.costs
+        if costs is None:
+            return self._run(ticks)
+        if costs.due:
+            # Cohorts that were drafted before leave the stages first.
+            self._run(self.plan.stages, costs.of_plain_ticks())
+            record = self._timed(PLAIN_TICKS, costs.of_plain_ticks())
+        else:
+            record = self._timed(ticks, costs.relative())
+        if record.done.all():
+            costs.keep()
+        return record
+
+    def _timed(self, ticks: int, prices: np.ndarray) -> Record:
+        """Run ticks and learn what they cost."""
+        assert self.costs is not None
+        start, ran = time.perf_counter(), self.ran
+        record = self._run(ticks, prices)
+        self.costs.learn(self.ran - ran, time.perf_counter() - start)
+        return record
+
+    def _run(self, ticks: int, prices: np.ndarray | None = None) -> Record:
+        """Run at most `ticks` more ticks, which choose rows by their `prices`, [C + 1] float32."""
         self.tick += ticks
-        until = self._put(jnp.int32(self.tick), EVERYWHERE)
-        start = time.perf_counter()
-        if self.costs is not None:
-            costs = self._put(jax.device_put(self.costs.relative()), EVERYWHERE)
-            choice = self.state.row_choice._replace(costs=costs)
+        until = self._put(np.int32(self.tick), EVERYWHERE)
+        if prices is not None:
+            choice = self.state.row_choice._replace(costs=self._put(prices, EVERYWHERE))
             self.state = self.state._replace(row_choice=choice)
-        self.state = RUN(self.lm.weights, self.heads, self.state, self.limits, self.sampling, until, plan=self.plan)
+        about = (self.lm.weights, self.heads, self.state, self.limits, self.sampling, until)
+        if self.program is None:  # to find it anew for every few ticks takes a quarter as long as a tick
+            self.program = RUN.compile(*about, plan=self.plan)
+        self.state = self.program(*about)
         record = self.record()
-        if self.costs is not None:
-            ran, self.ran = self.ran, to_host(self.state.row_choice.ran).max(axis=0)
-            self.costs.learn(self.ran - ran, time.perf_counter() - start)
-            if record.done.all():
-                self.costs.keep()
+        if prices is not None:
+            self.ran = to_host(self.state.row_choice.ran).max(axis=0)
         return record
 
     def rows_run(self) -> tuple[dict[int, int], float | None]:
-        """Return the number of ticks by their rows, and the seconds of a one-row tick, None where too few ran."""
+        """Return the number of ticks by their rows, and the seconds of a plain one, None where none was timed."""
         if self.costs is None or self.plan.drafts is None:
             return {}, None
-        ran = dict(zip(self.plan.drafts.rungs, self.ran[:-1].tolist(), strict=True))
-        seconds = self.costs.seconds
-        return ran, None if seconds is None or self.ran[0] < SEEN else float(seconds[0])
+        return dict(zip(self.plan.drafts.rungs, self.ran[:-1].tolist(), strict=True)), self.costs.plain_seconds
 
     def record(self) -> Record:
         """Return what has been emitted so far, as NumPy arrays."""

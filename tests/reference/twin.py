@@ -29,6 +29,7 @@ COMPARED, LONGEST = 16, 64
 ANCHORS = 8
 FADING, PRIOR, PRIOR_USEFULNESS = 1 / 128, 4, 0.5
 LEVEL = 0.1
+PATIENCE, REST = 8, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Run:
     accepted: float = 0.0
     called: float = 0.0
     used: float = 0.0
+    idle: int = 0  # the latest ticks in a row that drafted nothing
     emitted_before: int = 1  # tokens emitted up to the last tick
 
     @property
@@ -203,7 +205,8 @@ def with_drafts(
 ) -> list[Node]:
     """Return anchors and the drafts of exit 0 below them, best first, as many as are worth it; none hangs yet."""
     follows: dict[Node, tuple[Node, list[int], list[float]]] = {}
-    for anchor in anchors[:ANCHORS]:
+    resting = bool(shape.rungs) and run.idle >= PATIENCE and run.idle % REST != 0
+    for anchor in () if resting else anchors[:ANCHORS]:
         count = sum(shape.widths)
         following, matched = continuation(anchor.tokens, count)
         logs = [match_log_probability(shape, matched + i) for i in range(len(following))]
@@ -211,7 +214,7 @@ def with_drafts(
             follows[anchor] = (anchor, following, logs)
     everything, above, levels, called = list(anchors), anchors[:ANCHORS], 0, 0.0
     costs = [1 + (rows - 1) / 6 for rows in shape.rungs]  # the library's usual costs
-    for level, width in enumerate(shape.widths, 1):
+    for level, width in enumerate(() if resting else shape.widths, 1):
         found: list[tuple[Node, int, float]] = []
         claimed: dict[Node, float] = {}
         for anchor, (at, following, logs) in follows.items():
@@ -252,6 +255,7 @@ def with_drafts(
             worth.append(tokens / (1 + (cost - 1) / stages + LEVEL * levels))
         size = shape.rungs[worth.index(max(worth))]
         spawned = spawned[:size]
+        run.idle = run.idle + 1 if size == shape.rungs[0] and not levels else 0
         run.rows.append(size)
         run.levels.append(levels)
         least = min((node.score for node in spawned), default=0)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from dex_jax import lattice as lat
 from dex_jax.decoding.dex.interface import DexState, Drafter, DraftRows
 from dex_jax.decoding.dex.lookup import continuation_scores
-from dex_jax.decoding.dex.row_choice import RowChoice, choose_rung, is_worth_a_level, updated
+from dex_jax.decoding.dex.row_choice import RowChoice, choose_rung, is_worth_a_level, rests, updated
 from dex_jax.decoding.dex.trees import TreeShape
 from dex_jax.decoding.ladder import fill
 from dex_jax.decoding.noise import Noise, make_noise, noise_at
@@ -44,12 +44,20 @@ def with_drafts(
     """
     count = anchors.token.shape[1]
     under = min(count, ANCHORS)
-    following = _continuations_below(state, anchors, under, shape)
     # A slice as long as the widest level fits wherever a level begins.
     size = max(state.rows, count + sum(shape.widths) + shape.tail) + max(under, *shape.widths)
     cohort = jax.vmap(lat.widen, (0, None))(anchors, size)
     levels = _levels(shape, count, under)
-    cohort, drafting = _add_levels(drafter, state, cohort, levels, before, following, sampling, shape)
+
+    def grown() -> tuple[Cohort, _Drafting]:
+        following = _continuations_below(state, anchors, under, shape)
+        return _add_levels(drafter, state, cohort, levels, before, following, sampling, shape)
+
+    if state.row_choice is None:
+        cohort, drafting = grown()
+    else:
+        resting = rests(state.row_choice, ~state.record.done)
+        cohort, drafting = jax.lax.cond(resting, lambda: (cohort, _no_drafting(cohort)), grown)
     ordered = jax.vmap(lat.sort_rows)(cohort)
     if state.row_choice is None:
         return state, ordered
@@ -142,8 +150,7 @@ def _add_levels(
     at = jnp.where(following.log_probability[..., 0] > -jnp.inf, jnp.arange(under)[None], NO_NODE)
     # In a loop, as unrolled levels would be most of the program to compile.
     parts: Any = (levels, *(jnp.moveaxis(each[..., :down], 2, 0) for each in following))
-    none = _Drafting(jnp.int32(0), jnp.zeros(batch, jnp.float32), jnp.full_like(cohort.score, -jnp.inf))
-    carry = (jnp.int32(0), cohort, known, at, none)
+    carry = (jnp.int32(0), cohort, known, at, _no_drafting(cohort))
     done, cohort, _, at, drafting = jax.lax.while_loop(more_to_come, one_level, carry)
     at = jnp.where(done == down, at, NO_NODE)
     if shape.tail:
@@ -174,6 +181,11 @@ class _Drafting(NamedTuple):
     levels: jax.Array  # int32, the number of levels that it drafted
     called: jax.Array  # [B] float32, as in RowChoice, for this cohort alone
     scores: jax.Array  # [B, N] float32 of the rows that it alone drafted, -inf elsewhere
+
+
+def _no_drafting(cohort: Cohort) -> _Drafting:
+    nothing = jnp.zeros(cohort.score.shape[0], jnp.float32)
+    return _Drafting(jnp.int32(0), nothing, jnp.full_like(cohort.score, -jnp.inf))
 
 
 class _Level(NamedTuple):

@@ -1,10 +1,10 @@
 """The choice of rows and of drafted levels: the numbers from which the most tokens are expected for what they cost.
 
-A tick of one row without drafts costs what a step of AR does and emits as much, so drafts run only where they should be
-faster. A row is expected to bring the probability of its path. Where fewer tokens are accepted than expected, rows
-count for less, and where few drafts are worth running, drafting stops for a while. docs/concepts.md has the formula,
-with the letters a (`acceptance`), u (`usefulness`), p (`probability`), r (`roots`), c (`costs`) and K
-(`stages`).
+A plain tick, of one row without drafts, costs what a step of AR does and emits as much, so drafts run only where they
+should be faster. A row is expected to bring the probability of its path. Where fewer tokens are accepted than expected,
+rows count for less, and where few drafts are worth running, drafting stops for a while. Where no tick drafts anything,
+most do not even look for drafts. docs/concepts.md has the formula, with the letters a (`acceptance`), u (`usefulness`),
+p (`probability`), r (`roots`), c (`costs`) and K (`stages`).
 
 Letters: B sequences, C row counts that a tick may choose from, N rows of a cohort.
 """
@@ -27,6 +27,13 @@ PRIOR_USEFULNESS = 0.5
 """The usefulness that is assumed of the first PRIOR tokens for which the drafter is called."""
 
 
+PATIENCE, REST = 8, 8
+"""Number of plain ticks in a row after which the text rests: drafts are looked for in every REST-th tick only."""
+
+NEVER = 1e9
+"""A cost that nothing is worth; at such costs of more rows all ticks rest."""
+
+
 class RowChoice(NamedTuple):
     """The costs of ticks, and how many of the expected tokens were accepted lately.
 
@@ -38,6 +45,7 @@ class RowChoice(NamedTuple):
       used: [B] float32, summed probabilities of the rows that only the drafter gave and that were run.
       length: [B] int32, tokens that had been emitted after the last tick.
       rung: [B] int32, the index of the row count that the next tick runs, C before tick 0.
+      idle: [B] int32, number of the latest ticks in a row that drafted nothing worth running.
       ran: [B, C + 1] int32, how often each cost has been paid.
     """
 
@@ -48,6 +56,7 @@ class RowChoice(NamedTuple):
     used: jax.Array
     length: jax.Array
     rung: jax.Array
+    idle: jax.Array
     ran: jax.Array
 
     @property
@@ -76,7 +85,13 @@ def new_choice(batch: int, counts: tuple[int, ...]) -> RowChoice:
     nothing, one = jnp.zeros(batch, jnp.float32), jnp.ones(batch, jnp.int32)
     ran = jnp.zeros((batch, len(counts) + 1), jnp.int32)
     costs = jnp.asarray(usual_costs(counts), jnp.float32)
-    return RowChoice(costs, nothing, nothing, nothing, nothing, one, len(counts) * one, ran)
+    return RowChoice(costs, nothing, nothing, nothing, nothing, one, len(counts) * one, 0 * one, ran)
+
+
+def rests(choice: RowChoice, going: jax.Array) -> jax.Array:
+    """Return whether no sequence that is `going` [B] looks for drafts in this tick: bool scalar."""
+    resting = (choice.idle >= PATIENCE) & (choice.idle % REST != 0)
+    return jnp.all(resting | ~going) | (choice.costs[min(1, choice.costs.shape[0] - 2)] >= NEVER)
 
 
 def is_worth_a_level(choice: RowChoice, going: jax.Array, probability: jax.Array) -> jax.Array:
@@ -144,4 +159,5 @@ def updated(
     before = (choice.expected, choice.accepted, choice.called, choice.used)
     expected, accepted, called, used = ((1 - FADING) * a + b for a, b in zip(before, added, strict=True))
     rungs = jnp.broadcast_to(rung, choice.rung.shape)
-    return RowChoice(choice.costs, expected, accepted, called, used, length, rungs, choice.ran + paid)
+    idle = jnp.where((rung == 0) & (levels == 0), choice.idle + 1, 0)
+    return RowChoice(choice.costs, expected, accepted, called, used, length, rungs, idle, choice.ran + paid)
