@@ -115,7 +115,7 @@ def test_promises_that_are_not_kept_end_drafts_and_are_made_again_after_a_while(
 def test_a_text_that_drafts_nothing_rests_and_looks_again_now_and_then() -> None:
     choice, going, one = choice_with(), jnp.ones(1, bool), jnp.ones(1)
     looked, none = [], jnp.zeros(1)
-    for tick in range(40):
+    for tick in range(39):
         looked += [] if row_choice.rests(choice, going) else [tick]
         about = (jnp.int32(0), one, jnp.int32(0), none, none)
         choice = row_choice.updated(choice, choice.length + 1, one, *about)
@@ -168,6 +168,20 @@ def test_a_plain_tick_is_timed_alone() -> None:
     assert found.due
     assert found.plain_seconds == 0.005, "however long others took"
     assert found.relative()[1] > 1.5, "those are what is dear"
+
+
+def test_a_plain_tick_of_a_longer_text_is_timed_anew_and_the_time_of_a_call_is_no_ticks() -> None:
+    found = TickCosts(COUNTS)
+    found.begin(256)
+    for _ in range(3):
+        found.learn(PLAIN, 0.030)
+    found.call_seconds = 0.001
+    found.learn(PLAIN, 0.031)
+    assert found.plain_seconds == pytest.approx(0.005)
+    found.begin(256)
+    assert not found.due
+    found.begin(1024)
+    assert found.due
 
 
 def test_costs_that_load_spoilt_mend_themselves() -> None:

@@ -57,6 +57,7 @@ class TickCosts:
 
     Attributes:
       shares: [M] float64, of a tick of each row count, ascending, and of drafting a level, in plain ticks.
+      call_seconds: of a call of the device that runs no tick, which every timing of ticks takes in.
     """
 
     def __init__(self, counts: tuple[int, ...], key: str = "", stored: Any = None):
@@ -66,6 +67,8 @@ class TickCosts:
         self.shares = self._stored.copy()
         self._unsure = self._covariance(1.0)
         self._plain: collections.deque[float] = collections.deque(maxlen=SAMPLES)
+        self.call_seconds = 0.0
+        self._length = 0  # of the cache of the texts that are timed
         self._since = 0  # ticks after the last timing of plain ones
 
     @property
@@ -78,8 +81,15 @@ class TickCosts:
         """True if it is time to time plain ticks."""
         return not self._plain or self._since >= (SOON if len(self._plain) < 3 else LATER)
 
+    def begin(self, length: int) -> None:
+        """Begin a text in a cache of `length` positions; its plain ticks take longer than those of shorter ones."""
+        if length != self._length:
+            self._length = length
+            self._plain.clear()
+
     def learn(self, ran: np.ndarray, seconds: float) -> None:
-        """Update the costs by ticks that took `seconds` together; `ran` [M] says how often each cost was paid."""
+        """Update the costs by a call that took `seconds`; `ran` [M] says how often each cost was paid."""
+        seconds -= self.call_seconds
         if not np.any(ran[:-1]) or not seconds > 0:
             return
         if not np.any(ran[1:]):

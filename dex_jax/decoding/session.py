@@ -174,7 +174,7 @@ class Session:
         self.seeds = None if request.temperature == 0 else seeds
         sampling = None if self.seeds is None else sampling_of(request, seeds, batch, lm.config.vocab_size)
         self.sampling = self._put(sampling, on_mesh.sampling_specs(sampling))
-        self.tick = 0
+        self.tick, self.ticks_per_update = 0, request.ticks_per_update
         # Drafts look the text up, [B, S] int32, which begins with the prompt.
         self.prompt = None if drafts is None else np.pad(self.padded, ((0, 0), (0, self.cache_length - bucket)))
         self.heads = Heads()
@@ -187,6 +187,7 @@ class Session:
             mesh = None if lm.mesh is None else tuple(lm.mesh.shape.items())
             self.ran = np.zeros(len(drafts.rungs) + 1, np.int64)  # [C + 1], how often each cost has been paid
             self.costs = costs_of(drafts.rungs, lm.config, lm.dtype, lm.packing, batch, mesh, *kinds)
+            self.costs.begin(self.cache_length)
 
     def compile(self) -> None:
         """Compile all programs of the session from shapes: nothing is allocated, and weights may be abstract."""
@@ -295,6 +296,7 @@ class Session:
         if costs.due:
             # Cohorts that were drafted before leave the stages first.
             self._run(self.plan.stages, costs.of_plain_ticks())
+            costs.call_seconds = self._seconds(0, costs.of_plain_ticks())[1]
             record = self._timed(PLAIN_TICKS, costs.of_plain_ticks())
         else:
             record = self._timed(ticks, costs.relative())
@@ -305,10 +307,14 @@ class Session:
     def _timed(self, ticks: int, prices: np.ndarray) -> Record:
         """Run ticks and learn what they cost."""
         assert self.costs is not None
-        start, ran = time.perf_counter(), self.ran
-        record = self._run(ticks, prices)
-        self.costs.learn(self.ran - ran, time.perf_counter() - start)
+        ran = self.ran
+        record, seconds = self._seconds(ticks, prices)
+        self.costs.learn(self.ran - ran, seconds)
         return record
+
+    def _seconds(self, ticks: int, prices: np.ndarray) -> tuple[Record, float]:
+        start = time.perf_counter()
+        return self._run(ticks, prices), time.perf_counter() - start
 
     def _run(self, ticks: int, prices: np.ndarray | None = None) -> Record:
         """Run at most `ticks` more ticks, which choose rows by their `prices`, [C + 1] float32."""
@@ -330,7 +336,8 @@ class Session:
         """Return the number of ticks by their rows, and the seconds of a plain one, None where none was timed."""
         if self.costs is None or self.plan.drafts is None:
             return {}, None
-        return dict(zip(self.plan.drafts.rungs, self.ran[:-1].tolist(), strict=True)), self.costs.plain_seconds
+        ran, plain = dict(zip(self.plan.drafts.rungs, self.ran[:-1].tolist(), strict=True)), self.costs.plain_seconds
+        return ran, None if plain is None else plain + self.costs.call_seconds / self.ticks_per_update
 
     def record(self) -> Record:
         """Return what has been emitted so far, as NumPy arrays."""
