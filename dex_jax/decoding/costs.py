@@ -57,6 +57,7 @@ class TickCosts:
 
     Attributes:
       shares: [M] float64, of a tick of each row count, ascending, and of drafting a level, in plain ticks.
+      sums: what drafts were worth in the text before, by field of RowChoice; empty before any has ended.
       call_seconds: of a call of the device that runs no tick, which every timing of ticks takes in.
     """
 
@@ -68,6 +69,7 @@ class TickCosts:
         self._unsure = self._covariance(1.0)
         self._plain: collections.deque[float] = collections.deque(maxlen=SAMPLES)
         self.call_seconds = 0.0
+        self.sums: dict[str, float] = {}
         self._length = 0  # of the cache of the texts that are timed
         self._since = 0  # ticks after the last timing of plain ones
 

@@ -20,6 +20,7 @@ from dex_jax.decoding.costs import PLAIN_TICKS, TickCosts, costs_of
 from dex_jax.decoding.dex.drafters import drafter_arrays, exit_zero
 from dex_jax.decoding.dex.interface import Chunk
 from dex_jax.decoding.dex.own_layers import EagleDrafter
+from dex_jax.decoding.dex.row_choice import carried
 from dex_jax.decoding.dex.trained_exits import Heads, exit_arrays
 from dex_jax.decoding.loops import Prefilled, loop_of, mesh_loop
 from dex_jax.decoding.mesh import programs as on_mesh
@@ -236,6 +237,10 @@ class Session:
         about = (self.limits, self.sampling, prompt)
         statics: dict[str, Any] = {"plan": self.plan, "capacity": self.cache_length}
         self.state = START(self.lm.weights, self.heads, memory, last, lengths, *about, **statics)
+        if self.costs is not None and self.costs.sums:
+            sums = {name: np.full(len(self.lengths), value, np.float32) for name, value in self.costs.sums.items()}
+            choice = self.state.row_choice._replace(**self._put(sums, BY_SEQUENCE))
+            self.state = self.state._replace(row_choice=choice)
         jax.block_until_ready(self.state)
 
     def _blank(self) -> tuple[cache.Memory, jax.Array, jax.Array]:
@@ -302,6 +307,7 @@ class Session:
             record = self._timed(ticks, costs.relative())
         if record.done.all():
             costs.keep()
+            costs.sums = carried(to_host(self.state.row_choice))
         return record
 
     def _timed(self, ticks: int, prices: np.ndarray) -> Record:

@@ -27,6 +27,9 @@ PRIOR_USEFULNESS = 0.5
 """The usefulness that is assumed of the first PRIOR tokens for which the drafter is called."""
 
 
+CARRIED = 16.0
+"""The most tokens of the text before that the sums of a text begin with."""
+
 PATIENCE, REST = 8, 8
 """Number of plain ticks in a row after which the text rests: drafts are looked for in every REST-th tick only."""
 
@@ -86,6 +89,13 @@ def new_choice(batch: int, counts: tuple[int, ...]) -> RowChoice:
     ran = jnp.zeros((batch, len(counts) + 1), jnp.int32)
     costs = jnp.asarray(usual_costs(counts), jnp.float32)
     return RowChoice(costs, nothing, nothing, nothing, nothing, one, len(counts) * one, 0 * one, ran)
+
+
+def carried(choice: RowChoice) -> dict[str, float]:
+    """Return the sums that the next text begins with: those of a text [B] on average, of CARRIED tokens at most."""
+    sums = {name: float(np.mean(getattr(choice, name))) for name in ("expected", "accepted", "called", "used")}
+    share = min(1.0, CARRIED / max(sums["expected"], sums["called"], 1.0))
+    return {name: share * value for name, value in sums.items()}
 
 
 def rests(choice: RowChoice, going: jax.Array) -> jax.Array:
