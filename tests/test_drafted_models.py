@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_refused(lm) -> None:
         resolve(ONE, random_drafter(), dataclasses.replace(LLAMA, width=64), "0")
     with pytest.raises(dex_jax.DexError, match="random holds exits at depths, and one explorer has none"):
         resolve(ONE, random_exits("linear"), lm.config, "0")
-    with pytest.raises(dex_jax.DexError, match="random holds a drafter, and the method has none"):
+    with pytest.raises(dex_jax.DexError, match="random holds a drafter, and the method asks none"):
         resolve(dex_jax.Dex(explorers=2, draft=False), random_drafter(), lm.config, "0")
     resolved = resolve(ONE, random_drafter(), lm.config, "another")
     assert "trained on another model" in resolved.remarks[0]
@@ -122,11 +122,32 @@ def test_what_does_not_fit_is_refused(lm) -> None:
     assert resolve(ONE, "default", lm.config, "none ships").heads.drafter is None
 
 
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """A method of one's own that plans what Dex does, or a tree that stays."""
+
+    tree: TreeShape | None = None
+
+    def plan_for(self, num_layers: int) -> planning.Plan:
+        plan = planning.plan_for(ONE, num_layers)
+        return plan if self.tree is None else dataclasses.replace(plan, drafts=self.tree, tree_for=None)
+
+
+def test_a_method_of_ones_own_gets_the_tree_of_what_drafts(lm) -> None:
+    assert resolve(Own(), random_drafter(), lm.config, "0").drafts == resolve(ONE, random_drafter(), LLAMA, "0").drafts
+    assert resolve(Own(), "shared", lm.config, "0").drafts == resolve(ONE, "shared", LLAMA, "0").drafts
+    shape = TreeShape((2, 1), 1, (0.5,) * 8)
+    assert resolve(Own(shape), random_drafter(), lm.config, "0").drafts == shape
+
+
 def test_a_tree_of_ones_own_replaces_the_drafters(lm) -> None:
     shape = TreeShape((2, 1), 1, (0.5,) * 8)
     method = dex_jax.Dex(explorers=1, draft=shape)
     assert resolve(method, random_drafter(), lm.config, "0").drafts == shape
     assert resolve(method, "shared", lm.config, "0").rows == 4
+    silent = dex_jax.Dex(explorers=1, draft=dataclasses.replace(shape, drafter_levels=0))
+    with pytest.raises(dex_jax.DexError, match="and the method asks none"):
+        resolve(silent, random_drafter(), lm.config, "0")
     with pytest.raises(dex_jax.DexError, match="3 of \\(2, 1\\)"):
         dataclasses.replace(shape, drafter_levels=3)
     with pytest.raises(dex_jax.DexError, match="8 probabilities"):
