@@ -131,7 +131,7 @@ def _stream(
 ) -> Iterator[Output]:
     from dex_jax.decoding.generate import TICKS_PER_CALL, stream
 
-    return stream(lm, prompts, method=method, ticks_per_update=TICKS_PER_CALL if at_once else 4, **options)
+    return stream(lm, prompts, method=method, ticks_per_update=TICKS_PER_CALL if at_once else None, **options)
 
 
 def _follow(

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from dex_jax.language_model import LanguageModel, Outline
 
 TICKS_PER_CALL = 16
+"""The most ticks between two outputs, and their number where nobody reads what comes before the last one."""
+
+FIRST_TICKS, UPDATE_SECONDS = 4, 0.05
+"""The ticks before the first output after token 0, and the time that those between two later ones should take."""
 
 MOST_SEQUENCES = 4096
 """The most sequences that a batch may hold: far more than any device decodes at once."""
@@ -91,9 +95,13 @@ def stream(lm: LanguageModel, prompts: Prompt | Sequence[Prompt], **options: Any
     notify("decoding")
     output = _output(session, stops, session.record(), times)
     yield output
+    ticks = request.ticks_per_update or FIRST_TICKS
     while not output.finished.all():
+        before = times["decode"]
         with _timed(times, "decode"):
-            record = session.advance(request.ticks_per_update)
+            record = session.advance(ticks)
+        if request.ticks_per_update is None:
+            ticks = int(np.clip(ticks * UPDATE_SECONDS / (times["decode"] - before), 1, TICKS_PER_CALL))
         output = _output(session, stops, record, times)
         yield output
     if times["compile"] or len(session.lengths) * session.cache_length > SMALL_CACHE:

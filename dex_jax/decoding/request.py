@@ -131,13 +131,17 @@ class Request:
         "--no-chat",
         off="Use prompts as they are, without the chat template.",
     )
-    ticks_per_update: int = option(4, "How many ticks run on the device between two outputs of `stream`.")
+    ticks_per_update: int | None = option(
+        None,
+        "How many ticks run on the device between two outputs of `stream`; as many as take a twentieth of a second, 16 "
+        "at most, unless given.",
+    )
 
     def __post_init__(self) -> None:
         check_method(self.method)
-        whole_number(
-            max_new_tokens=self.max_new_tokens, num_samples=self.num_samples, ticks_per_update=self.ticks_per_update
-        )
+        whole_number(max_new_tokens=self.max_new_tokens, num_samples=self.num_samples)
+        if self.ticks_per_update is not None:
+            whole_number(ticks_per_update=self.ticks_per_update)
         if not isinstance(self.exits, (str, os.PathLike)) and not hasattr(self.exits, "source"):
             raise DexError(
                 f'exits are "default", "shared", a path, or what dex_jax.load_exits gave, not {_short(self.exits)}'

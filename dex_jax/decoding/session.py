@@ -175,7 +175,7 @@ class Session:
         self.seeds = None if request.temperature == 0 else seeds
         sampling = None if self.seeds is None else sampling_of(request, seeds, batch, lm.config.vocab_size)
         self.sampling = self._put(sampling, on_mesh.sampling_specs(sampling))
-        self.tick, self.ticks_per_update = 0, request.ticks_per_update
+        self.tick, self.ticks_per_call = 0, 1
         # Drafts look the text up, [B, S] int32, which begins with the prompt.
         self.prompt = None if drafts is None else np.pad(self.padded, ((0, 0), (0, self.cache_length - bucket)))
         self.heads = Heads()
@@ -304,6 +304,7 @@ class Session:
             costs.call_seconds = self._seconds(0, costs.of_plain_ticks())[1]
             record = self._timed(PLAIN_TICKS, costs.of_plain_ticks())
         else:
+            self.ticks_per_call = ticks
             record = self._timed(ticks, costs.relative())
         if record.done.all():
             costs.keep()
@@ -343,7 +344,7 @@ class Session:
         if self.costs is None or self.plan.drafts is None:
             return {}, None
         ran, plain = dict(zip(self.plan.drafts.rungs, self.ran[:-1].tolist(), strict=True)), self.costs.plain_seconds
-        return ran, None if plain is None else plain + self.costs.call_seconds / self.ticks_per_update
+        return ran, None if plain is None else plain + self.costs.call_seconds / self.ticks_per_call
 
     def record(self) -> Record:
         """Return what has been emitted so far, as NumPy arrays."""
