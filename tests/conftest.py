@@ -76,6 +76,20 @@ def smollm2():
     return dex_jax.load("smollm2-135m", dtype="float32")
 
 
+@pytest.fixture
+def steady_ticks(monkeypatch, tmp_path):
+    """Let ticks choose their rows by no clock and by nothing that other tests have learnt, and keep nothing."""
+    from reference.steady_ticks import steady_seconds
+
+    from dex_jax.decoding import costs
+    from dex_jax.decoding.session import Session
+
+    monkeypatch.setenv("DEX_JAX_TICK_COSTS", str(tmp_path / "none.json"))
+    monkeypatch.setattr(costs.TickCosts, "keep", lambda costs: None)
+    monkeypatch.setattr(costs, "_LEARNT", {})
+    monkeypatch.setattr(Session, "_seconds", steady_seconds)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """Drop the programs of a test file: the next one does not use them, and LLVM aborts a process with too many."""

@@ -60,7 +60,7 @@ def test_tokens_are_those_of_ar_and_exits_no_later(explorers, kind, options) -> 
 
 
 @pytest.mark.slow
-def test_trained_exits_and_a_drafter_work_together(lm, monkeypatch) -> None:
+def test_trained_exits_and_a_drafter_work_together(lm, monkeypatch, steady_ticks) -> None:
     monkeypatch.setattr(planning, "default_drafter", lambda fingerprint: random_drafter())
     exits, prompts = random_exits("attn", draft=30), ragged_prompts(2)
     plain = dex_jax.generate(lm, prompts, method=dex_jax.AR(), max_new_tokens=30)

@@ -6,7 +6,9 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,15 @@ def test_a_users_own_setting_wins(tmp_path, monkeypatch) -> None:
 
 
 def test_a_long_wait_is_told_where_nobody_listens(monkeypatch, capsys) -> None:
+    # The compiler ends after the wait was told: where it ran at once, it could end before anybody waited.
+    compilers, say, told = program.COMPILERS, program.say_wait, threading.Event()
+
+    def submit(work, **options):
+        told.clear()
+        return compilers.submit(lambda: told.wait(60) and work(**options))
+
+    monkeypatch.setattr(program, "COMPILERS", SimpleNamespace(submit=submit))
+    monkeypatch.setattr(program, "say_wait", lambda why: (say(why), told.set()))
     monkeypatch.setattr(program, "SOON", 0.0)
     heard: list[str] = []
     with listening(heard.append):

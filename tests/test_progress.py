@@ -6,9 +6,16 @@ import io
 import re
 import threading
 
+import pytest
 from rich.console import Console
 
 from dex_jax.progress import Display, Standing, listening, notify
+
+
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch) -> None:
+    """Let terminals be such as can erase a line, whatever these tests run in: a dumb one shows no bars."""
+    monkeypatch.setenv("TERM", "xterm")
 
 
 def test_lines_where_there_is_no_terminal_and_a_bar_where_there_is():

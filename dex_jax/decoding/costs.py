@@ -91,7 +91,7 @@ class TickCosts:
 
     def learn(self, ran: np.ndarray, seconds: float) -> None:
         """Update the costs by a call that took `seconds`; `ran` [M] says how often each cost was paid."""
-        seconds -= self.call_seconds
+        seconds = max(seconds - self.call_seconds, seconds / 2)  # a busy machine may take long for a call without ticks
         if not np.any(ran[:-1]) or not seconds > 0:
             return
         if not np.any(ran[1:]):
