@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ("A decoding method", "An exit kind", "A model family")
 FILE = re.compile(r"^Write `([^`]+)`:\n\n```python\n(.*?)```", re.MULTILINE | re.DOTALL)
 DIFF = re.compile(r"^```diff\n(.*?)```", re.MULTILINE | re.DOTALL)
+NAMED = re.compile(r"^[\w/.]+(?:\.(?:py|md|h|cc|toml)|/)$")
 CHECK = re.compile(r"this holds[^`]*?\n\n```python\n(.*?)```", re.DOTALL)
 
 
@@ -73,6 +74,19 @@ def test_the_house_is_all_there() -> None:
     assert all(place.exists() for place in places)
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
     assert folders <= {place.name for place in places}
+
+
+def test_every_file_that_is_named_is_there() -> None:
+    """A name may leave out the folders in front, which the text around it gives; recipes write files of their own."""
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    named = {name for span in re.findall(r"`([^`]+)`", prose) for name in NAMED.findall(span)}
+    named -= {name for name, _ in FILE.findall(text)}
+    assert len(named) > 50
+    homes = (PACKAGE, *(ROOT / name for name in ("docs", "tests", "studies", "benchmarks", "configs", "notebooks")))
+    places = {f"/{home.name}/{path.relative_to(home).as_posix()}" for home in homes for path in home.rglob("*")}
+    places |= {f"/{path.name}" for path in (*ROOT.iterdir(), *homes)}
+    assert [name for name in sorted(named) if not any(place.endswith(f"/{name.rstrip('/')}") for place in places)] == []
 
 
 def test_every_file_has_tests_that_are_not_slow(request) -> None:
